@@ -1,0 +1,63 @@
+"""Errors meant for the person who runs the toolkit, and the sentences they are made of.
+
+Raise `UserError` when the remedy is in the user's hands: the command line prints only its message. Build
+messages for misspelt names with `did_you_mean`, and wrap code that writes large files in `disk_full`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake the user can fix; the command line prints the message alone and exits with code 2."""
+
+
+def did_you_mean(value: str, options: Iterable[str]) -> str:
+    """The tail of an "unknown name" message: the closest option, if one is close, then all of them, sorted.
+
+    >>> "unknown mixer 'gated_deltnet'" + did_you_mean("gated_deltnet", ["lolcats", "gated_deltanet"])
+    "unknown mixer 'gated_deltnet'; did you mean 'gated_deltanet'? known: gated_deltanet, lolcats"
+    """
+    names = sorted(options)
+    folded = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(value.lower(), folded, n=1, cutoff=0.6)
+    guess = f"did you mean {folded[close[0]]!r}? " if close else ""
+    return f"; {guess}known: {', '.join(names) or 'none'}"
+
+
+@contextmanager
+def disk_full(folder: str | Path, safe: str = "files written earlier are complete") -> Iterator[None]:
+    """Turn "no space left" (or a quota) while writing below `folder` into a `UserError`; all else passes.
+
+    `safe` tells the user what has survived, for example "the checkpoint of step 400 is complete". Recognises
+    `OSError`, exceptions it caused, and those of Rust libraries (safetensors), which carry it as text.
+    """
+    try:
+        yield
+    except Exception as error:  # a filter: everything that is not about space is re-raised as it came
+        if not _is_disk_full(error):
+            raise
+        free = shutil.disk_usage(_existing(Path(folder))).free
+        raise UserError(
+            f"no space left while writing to {folder} ({free:,} bytes free there); {safe}. "
+            "Free some space or choose another folder, then run the same command again"
+        ) from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    if "No space left on device" in text or "os error 28" in text or "Disk quota exceeded" in text:
+        return True
+    return error.__cause__ is not None and _is_disk_full(error.__cause__)
+
+
+def _existing(folder: Path) -> Path:
+    return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path.cwd())

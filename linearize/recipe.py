@@ -1,0 +1,269 @@
+"""The recipe: everything that a conversion does, as strict data from YAML plus `key=value` overrides.
+
+`Recipe.load("lolcats", model="llama-3-8b", overrides=["stages.0.tokens=20M"])` finds a recipe by name or path, applies
+the overrides and validates all of it. `recipe.to_yaml()` is the resolved form, which reproduces the run.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
+
+from linearize.data import DataConfig
+from linearize.errors import UserError, did_you_mean
+from linearize.evals.config import EvalConfig
+from linearize.mixers.base import Mixer
+from linearize.registry import find
+from linearize.schema import Strict, user_error
+from linearize.stages.base import Stage
+from linearize.training.config import TrainingConfig
+
+ALIASES = {
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.3-70b-instruct": "meta-llama/Llama-3.3-70B-Instruct",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+}
+"""Short model names; `demo` is the small teacher inside the package."""
+
+
+class ModelConfig(Strict):
+    """The source model."""
+
+    name: str = Field(
+        description="Alias, hub name, local folder, or `demo` for the teacher inside the package."
+    )
+    revision: str | None = Field(None, description="Hub revision.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type the weights are loaded and exported in; auto keeps the source's."
+    )
+    attn_implementation: str = Field(
+        "sdpa", description="Attention kernel of the softmax layers, as transformers names it."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that the source repository contains.")
+    device: str = Field("auto", description="auto takes a GPU when there is one.")
+
+
+class ExportConfig(Strict):
+    """How the result is written."""
+
+    max_shard_size: str = Field("5GB", description="Largest safetensors file.")
+
+
+class Recipe(Strict):
+    """A whole conversion."""
+
+    model: ModelConfig
+    layers: str | list[int] = Field(
+        "all",
+        description="Layers to swap: all, a pattern of L (linear) and S (softmax, kept) that is repeated over the depth, "
+        "or a list of layer numbers from 0.",
+    )
+    mixer: dict[str, Any] = Field(description="`type` names the mixer; the other keys are its own settings.")
+    data: DataConfig = Field(description="Training text.")
+    stages: list[dict[str, Any]] = Field(
+        [],
+        description="Training stages in order; `type` names the stage, the other keys are its own settings.",
+    )
+    evaluation: EvalConfig | None = Field(
+        None, description="What is measured on teacher and student; null for nothing."
+    )
+    export: ExportConfig = Field(default_factory=ExportConfig, description="How the result is written.")
+    seed: int = Field(0, description="Seed of newly initialised tensors.")
+
+    @field_validator("mixer")
+    @classmethod
+    def _resolve_mixer(cls, value: dict[str, Any]) -> dict[str, Any]:
+        key = _type_of(value, "mixer")
+        config_class = find("mixers", key, Mixer).Config  # type: ignore[type-abstract]
+        adapter: TypeAdapter = TypeAdapter(config_class)
+        try:
+            config = adapter.validate_python({k: v for k, v in value.items() if k != "type"})
+        except ValidationError as error:
+            raise user_error(error, "mixer", config_class.__dataclass_fields__) from None
+        return {"type": key, **adapter.dump_python(config)}
+
+    @field_validator("stages")
+    @classmethod
+    def _resolve_stages(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        resolved = []
+        for index, settings in enumerate(value):
+            stage = find("stages", _type_of(settings, f"stages.{index}"), Stage)
+            try:
+                resolved.append(stage.Config.model_validate(settings).model_dump(mode="json"))
+            except ValidationError as error:
+                raise user_error(error, f"stages.{index}", stage.Config.model_fields) from None
+        return resolved
+
+    @classmethod
+    def load(
+        cls, name: str | Path | None = None, model: str | None = None, overrides: Sequence[str] = ()
+    ) -> Recipe:
+        """Find, override and validate a recipe.
+
+        Args:
+            name: recipe name such as `lolcats`, `demo/lolcats`, or a path to a YAML file. Default: the first recipe of
+                the model (`default.yaml`), else `lolcats`.
+            model: alias, hub name or folder; replaces the recipe's `model.name`.
+            overrides: `key.path=value` with values in YAML.
+
+        Raises:
+            UserError: unknown recipe, key, mixer, stage or alias, or a value that does not fit.
+        """
+        path = _find_recipe(name, model)
+        data = _read_yaml(path)
+        if model is not None:
+            data.setdefault("model", {})["name"] = model
+        for override in overrides:
+            _override(data, override)
+        return cls.parse(data)
+
+    @classmethod
+    def parse(cls, data: dict[str, Any]) -> Recipe:
+        """Validate plain data.
+
+        Raises:
+            UserError: with one line per problem.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _readable(error) from None
+
+    def resolved_model(self) -> str:
+        """The path or hub name that `model.name` stands for."""
+        return resolve_model(self.model.name)
+
+    def stage_configs(self) -> list[TrainingConfig]:
+        """The stages' settings as objects."""
+        return [find("stages", s["type"], Stage).Config.model_validate(s) for s in self.stages]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, which reproduces the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def resolve_model(name: str) -> str:
+    """Alias -> hub name; `demo` -> the folder inside the package; anything else stays.
+
+    Raises:
+        UserError: for a name that is no alias, no folder and cannot be a hub name.
+    """
+    if name == "demo":
+        from linearize.demo import model_path
+
+        return str(model_path())
+    if name in ALIASES:
+        return ALIASES[name]
+    if "/" not in name and not Path(name).exists():
+        raise UserError(
+            f"unknown model {name!r}{did_you_mean(name, ['demo', *ALIASES])}; or give a hub name (owner/name) or a folder"
+        )
+    return name
+
+
+def available() -> dict[str, Path]:
+    """Recipes that ship with the package: `<model>/<method>` -> file."""
+    root = Path(str(importlib.resources.files("linearize._recipes")))
+    return {f"{p.parent.name}/{p.stem}": p for p in sorted(root.glob("*/*.yaml"))}
+
+
+def _find_recipe(name: str | Path | None, model: str | None) -> Path:
+    if name is not None and str(name).endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"no recipe file {str(name)!r}; known recipes: {', '.join(available())}")
+        return Path(name)
+    known = available()
+    reverse = {hub: alias for alias, hub in ALIASES.items()}
+    owner = reverse.get(model or "", model or "")
+    method = str(name) if name is not None else "lolcats"
+    for candidate in (method, f"{owner}/{method}", f"default/{method}"):
+        if candidate in known:
+            return known[candidate]
+    raise UserError(
+        f"unknown recipe {method!r}{did_you_mean(method, [*known, *{k.split('/')[1] for k in known}])}"
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of recipe keys, got {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {override!r} is not key=value, for example stages.0.tokens=20M")
+    *parents, last = path.split(".")
+    node: Any = data
+    for part in parents:
+        node = _step(node, part, path, create=True)
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        _step(node, last, path, create=False)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"override {path!r}: {'.'.join(parents)} is a {type(node).__name__}, it has no keys")
+
+
+def _step(node: Any, part: str, path: str, create: bool) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(
+                f"override {path!r}: {part!r} is not one of the {len(node)} items, counted from 0"
+            )
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise UserError(f"override {path!r}: {part!r} has no parent to go under")
+    if node.get(part) is None and create:
+        node[part] = {}
+    return node[part]
+
+
+def _type_of(value: dict[str, Any], where: str) -> str:
+    key = value.get("type")
+    if not isinstance(key, str):
+        raise UserError(
+            f"{where}.type is missing; it names which {where.split('.')[0].removesuffix('s')} to use"
+        )
+    return key
+
+
+def _readable(error: ValidationError) -> UserError:
+    for problem in error.errors():
+        inner = problem.get("ctx", {}).get("error")
+        if isinstance(inner, UserError):
+            return inner
+    sections: dict[str, Any] = {
+        "": Recipe,
+        "model": ModelConfig,
+        "data": DataConfig,
+        "evaluation": EvalConfig,
+        "export": ExportConfig,
+    }
+    place = error.errors()[0]["loc"]
+    section = sections.get(str(place[0]) if len(place) > 1 else "", Recipe)
+    return user_error(error, "", section.model_fields)

@@ -1,0 +1,66 @@
+"""Finds mixers, families and stages by name: the name of a file in their package is the key that users type.
+
+There is no list to edit. `module:Class` reaches a class outside the package; that is the only way a recipe can make
+this toolkit import code, and it has to be written out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+from typing import TypeVar
+
+from linearize.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+def keys(package: str) -> list[str]:
+    """Names of the plug-in files in `linearize.<package>`, sorted; `base` and sub-packages are not plug-ins."""
+    root = importlib.import_module(f"linearize.{package}")
+    return sorted(m.name for m in pkgutil.iter_modules(root.__path__) if not m.ispkg and m.name != "base")
+
+
+def find(package: str, key: str, base: type[T]) -> type[T]:
+    """The subclass of `base` that `key` names: a file of `linearize.<package>`, or `module:Class`.
+
+    Raises:
+        UserError: for an unknown key, a module that cannot be imported, or a class that is not a `base`.
+    """
+    if ":" in key:
+        return _outside(package, key, base)
+    known = keys(package)
+    if key not in known:
+        hint = did_you_mean(key, known)
+        raise UserError(f"unknown {package.removesuffix('s')} {key!r}{hint}; `module:Class` names your own")
+    return _only_class(importlib.import_module(f"linearize.{package}.{key}"), base)
+
+
+def _only_class(module: ModuleType, base: type[T]) -> type[T]:
+    found = [
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, base) and cls.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"{module.__name__} must define exactly one {base.__name__}, found {found}"
+    return found[0]
+
+
+def _outside(package: str, key: str, base: type[T]) -> type[T]:
+    module_name, _, class_name = key.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"cannot import {module_name!r} for {package.removesuffix('s')} {key!r}: {error}; "
+            "install it, or add its folder to PYTHONPATH"
+        ) from error
+    cls = getattr(module, class_name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise UserError(
+            f"{key!r} is not a {base.__name__} class; {module_name} must define a class {class_name!r} that derives "
+            f"from {base.__module__}.{base.__name__}"
+        )
+    return cls

@@ -1,0 +1,48 @@
+"""Shared pieces of the strict recipe schema: the base model, counts such as `20M`, and readable validation errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from linearize.errors import UserError, did_you_mean
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+class Strict(BaseModel):
+    """Base of every recipe section: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def parse_count(value: Any) -> Any:
+    """Read `20M`, `1.5k` or `300` as an integer; anything else is left for pydantic to judge."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmMbB]?)\s*", value)
+        if not match:
+            raise ValueError(f"{value!r} is not a count; write a number such as 20M, 500k or 1024")
+        return round(float(match[1]) * _UNITS[match[2].lower()])
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+"""A non-negative integer that may be written with a unit: 20M, 500k, 1.5B."""
+
+
+def user_error(error: ValidationError, where: str, known: Iterable[str] = ()) -> UserError:
+    """Say what is wrong with a section, one line per problem, with the key's path under `where`."""
+    known = list(known)
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in (where, *problem["loc"]) if part != "")
+        if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+            lines.append(f"unknown key {path!r}{did_you_mean(str(problem['loc'][-1]), known)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+            lines.append(f"{path}: {message}{given}")
+    return UserError("; ".join(lines))
