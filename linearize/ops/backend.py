@@ -1,0 +1,82 @@
+"""The one place that chooses which code runs an operator: torch, the fla kernels or the naive loop.
+
+Operators call `choose` with the user's wish; `auto` takes fla on CUDA when it can run there and torch
+otherwise, and says so once in the log. On CPU neither triton nor fla is ever imported.
+"""
+
+import functools
+import importlib.util
+import logging
+import re
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "torch", "fla", "naive")
+
+
+@functools.lru_cache(maxsize=1)
+def _missing_packages() -> str:
+    """Names of the packages the fla kernels need and that are not installed, or an empty string."""
+    return ", ".join(name for name in ("triton", "fla") if importlib.util.find_spec(name) is None)
+
+
+@functools.cache
+def _log_once(op: str, chosen: str, reason: str) -> None:
+    logger.info("%s: backend auto -> %s (%s)", op, chosen, reason)
+
+
+@functools.cache
+def _broken_gate_backward() -> str:
+    """Why fla refuses gradients of scalar gates: triton 3.4 - 3.7.0 miscompiles them on Hopper (fla 640)."""
+    if torch.cuda.get_device_capability()[0] != 9 or importlib.util.find_spec("tilelang") is not None:
+        return ""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
+    if not (3, 4, 0) <= version < (3, 7, 1):
+        return ""
+    return f"triton {triton.__version__} miscompiles gradients of scalar gates on Hopper GPUs, 3.7.1 does not"
+
+
+def gate_obstacle(*tensors: torch.Tensor) -> str:
+    """Why fla's kernels with one gate per head give no gradients for `tensors` here, or an empty string."""
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _broken_gate_backward() if needs_gradients and tensors[0].is_cuda else ""
+
+
+def _obstacle(tensor: torch.Tensor, unsupported: str) -> str:
+    """Why the fla kernel cannot run on `tensor`, or an empty string when it can."""
+    if not tensor.is_cuda:
+        return f"the fla kernels need a CUDA tensor, this one is on {tensor.device.type}"
+    if tensor.dtype == torch.float64:
+        return "the fla kernels have no float64"
+    if unsupported:
+        return unsupported
+    missing = _missing_packages()
+    return f"{missing} not installed" if missing else ""
+
+
+def choose(op: str, backend: str, tensor: torch.Tensor, unsupported: str = "") -> str:
+    """The backend to run: "torch", "fla" or "naive".
+
+    `tensor` is the input that gives device and dtype; `unsupported` says why the operator's fla kernel cannot
+    take these arguments (empty when it can). Raises ValueError for an unknown backend and for an explicit
+    "fla" that cannot be met; only "auto" falls back.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r} for {op}; known: {', '.join(BACKENDS)}")
+    if backend in ("torch", "naive"):
+        return backend
+    obstacle = _obstacle(tensor, unsupported)
+    if backend == "fla":
+        if obstacle:
+            raise ValueError(f"{op}: backend 'fla' cannot be used: {obstacle}; use backend 'auto' or 'torch'")
+        return "fla"
+    chosen = "torch" if obstacle else "fla"
+    if not torch.compiler.is_compiling():
+        _log_once(op, chosen, obstacle or "CUDA tensor, fla installed")
+    return chosen

@@ -1,0 +1,205 @@
+"""Causal sliding-window softmax attention with optional sink tokens, and its constant-size state.
+
+`window_attention` is banded (memory O(T * window)) and serves training, prefill and decoding: a state holds
+the last `window` tokens, so rows continue where they stopped. `leaving` names the tokens that fall out of the
+window at each step, for mixers whose other branch takes them over.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from linearize.ops.documents import positions
+from linearize.ops.layout import check_inputs, expand_heads, working_dtype, zero_padding
+from linearize.ops.window_state import State, advance, check_state, init_state, leaving
+
+__all__ = ["State", "init_state", "leaving", "naive", "window_attention"]
+
+
+def naive(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    scale: float,
+    sinks: int = 0,
+    mask: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, max) of `window_attention` by definition: one T x T masked softmax, in any float dtype."""
+    B, T, heads, _ = q.shape
+    k, v = expand_heads(zero_padding(k, mask), heads), expand_heads(zero_padding(v, mask), heads)
+    index = torch.arange(T, device=q.device)
+    if documents is None:
+        documents = torch.zeros(B, T, dtype=torch.int64, device=q.device)
+    _, position = positions(documents)
+    age = index[:, None] - index[None, :]
+    seen = (age >= 0) & ((age < window) | (position[:, None, :] < sinks))
+    seen = seen & (documents[:, :, None] == documents[:, None, :])
+    if mask is not None:
+        seen = (seen & mask[:, None, :] & mask[:, :, None]) | (age == 0)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+    return out, scores.logsumexp(-1).transpose(1, 2), scores.amax(-1).transpose(1, 2)
+
+
+def _blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """`[B, T, ...]` -> `[B, N, block, ...]`, zero-padded on the right."""
+    pad = -x.shape[1] % block
+    if pad:
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
+    return x.unflatten(1, (-1, block))
+
+
+def _bands(x: torch.Tensor, prefix: torch.Tensor, block: int) -> torch.Tensor:
+    """The tokens each block of queries can see: `[B, T, ...]` -> `[B, N, ..., span]`, a view of one padded
+    copy.
+
+    x follows prefix `[B, window - 1, ...]`; band n starts window - 1 tokens before query block n, so
+    span = window - 1 + block.
+    """
+    joined = torch.cat([prefix, x], dim=1)
+    pad = -x.shape[1] % block
+    if pad:
+        joined = F.pad(joined, (0, 0) * (x.dim() - 2) + (0, pad))
+    return joined.unfold(1, prefix.shape[1] + block, block)
+
+
+def _visible(
+    window: int,
+    block: int,
+    valid: torch.Tensor,
+    valid_prefix: torch.Tensor,
+    documents: torch.Tensor | None,
+) -> torch.Tensor:
+    """Which tokens of its band each query sees: `[B, N, block, span]` bool."""
+    age = torch.arange(block, device=valid.device)[:, None] + window - 1
+    age = age - torch.arange(window - 1 + block, device=valid.device)[None, :]
+    seen = _bands(valid, valid_prefix, block)[:, :, None, :] & _blocks(valid, block)[..., None]
+    if documents is not None:
+        # Prefix tokens are never valid with documents (no state), so their number is arbitrary.
+        keys = _bands(documents, documents.new_zeros(documents.shape[0], window - 1), block)
+        seen = seen & (_blocks(documents, block)[..., None] == keys[:, :, None, :])
+    # A query always sees itself: padding, whose k and v are zero, then gets output 0 and a finite lse.
+    return ((age >= 0) & (age < window) & seen) | (age == 0)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    sink: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax attention of blocks of c queries over their bands, with one query head per kv head.
+
+    q `[B, N, H, c, D]` (scaled), k `[B, N, H, D, span]`, v `[B, N, H, span, V]`, visible `[B, N, c, span]`.
+    sink: keys and values `[B, S, H, D]`, or `[B, N, c, S, H, D]` when each query has its own, and who sees
+    them `[B, N, c, S]`. Returns out `[B, N, H, c, V]`, lse and max `[B, N, H, c]`.
+    """
+    scores = (q @ k).masked_fill(~visible[:, :, None], float("-inf"))
+    if sink is None:
+        top = scores.amax(-1)
+        weights = (scores - top.detach().unsqueeze(-1)).exp()
+        total, out = weights.sum(-1), weights @ v
+    else:
+        keys, values, seen = sink
+        axes = "bshd" if keys.dim() == 4 else "bncshd"
+        sink_scores = torch.einsum(f"bnhcd,{axes}->bnhcs", q, keys)
+        sink_scores = sink_scores.masked_fill(~seen[:, :, None], float("-inf"))
+        top = torch.maximum(scores.amax(-1), sink_scores.amax(-1))
+        shift = top.detach().unsqueeze(-1)
+        weights, sink_weights = (scores - shift).exp(), (sink_scores - shift).exp()
+        total = weights.sum(-1) + sink_weights.sum(-1)
+        out = weights @ v + torch.einsum(f"bnhcs,{axes}->bnhcd", sink_weights, values)
+    return out / total.unsqueeze(-1), total.log() + top.detach(), top
+
+
+def _sink_columns(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    after: State,
+    *,
+    window: int,
+    block: int,
+    position: torch.Tensor,
+    start: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sink argument of `_attend`: sinks are extra keys, seen once they have left the query's window.
+
+    position `[B, T]` counts from the start of the stream, or of the document when start `[B, T]` is given.
+    """
+    slots = torch.arange(after["sink_k"].shape[1], device=k.device)
+    seen = slots <= position[..., None] - window
+    if mask is not None:
+        seen = seen & mask[..., None]
+    if start is None:
+        return after["sink_k"].to(k.dtype), after["sink_v"].to(v.dtype), _blocks(seen, block)
+    source = (start[..., None] + slots).clamp(max=k.shape[1] - 1)
+    row = torch.arange(k.shape[0], device=k.device)[:, None, None]
+    return _blocks(k[row, source], block), _blocks(v[row, source], block), _blocks(seen, block)
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    scale: float,
+    sinks: int = 0,
+    mask: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+    state: State | None = None,
+    return_max: bool = False,
+) -> tuple[Any, ...]:
+    """Softmax over the last `window` tokens, the query's own included, and its document's first `sinks`
+    tokens.
+
+    q `[B, T, Hq, K]`, k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`; window and sinks in tokens; scale multiplies q
+    . k; mask `[B, T]` bool, real tokens first in each row; documents `[B, T]` int, non-decreasing; state from
+    `init_state` or a former call (None: the rows start here). Sinks: Xiao et al. 2023, arXiv 2309.17453.
+
+    Returns (out, lse, state), or (out, lse, max, state) with return_max. out `[B, T, Hq, V]` is in v's dtype,
+    0 at padding; lse and max `[B, T, Hq]`, the logsumexp and the largest of a row's scaled scores, are
+    float32 (float64 for float64 inputs), differentiable and finite. Scores are computed in that precision
+    too. With documents the state is that of the row's last document.
+    Raises ValueError for shapes that do not fit, documents with a state, or a state of other sizes.
+    """
+    check_inputs("window_attention", q, k, v, mask=mask, documents=documents, state=state)
+    check_state(window, sinks, state)
+    B, T, heads, kv_heads = *q.shape[:3], k.shape[2]
+    with torch.autocast(q.device.type, enabled=False):
+        k, v = zero_padding(k, mask), zero_padding(v, mask)
+        if state is None:
+            kept = torch.promote_types(k.dtype, v.dtype)
+            state = init_state(B, window, sinks, kv_heads, k.shape[-1], v.shape[-1], kept, k.device)
+        after = advance(state, k, v, mask, documents)
+        dtype, out_dtype = working_dtype(q, k, v), v.dtype
+        q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+        block = min(T, 64, max(16, window))
+        valid = k.new_ones(B, T, dtype=torch.bool) if mask is None else mask
+        visible = _visible(window, block, valid, state["valid"][:, 1:], documents)
+        sink = None
+        if sinks:
+            start, position = None, state["seen"][:, None] + torch.arange(T, device=k.device)
+            if documents is not None:
+                start, position = positions(documents)
+            sink = _sink_columns(
+                k, v, after, window=window, block=block, position=position, start=start, mask=mask
+            )
+        k_band = _bands(k, state["k"][:, 1:].to(dtype), block).transpose(-1, -2).contiguous().mT
+        v_band = _bands(v, state["v"][:, 1:].to(dtype), block).transpose(-1, -2).contiguous()
+        # One query head of each group at a time: k and v are never copied per query head, and every product
+        # has the shape it has with expanded heads, so both give the same bits.
+        groups = _blocks(q, block).transpose(2, 3).unflatten(2, (kv_heads, heads // kv_heads)).unbind(3)
+        parts = zip(*(_attend(q_group, k_band, v_band, visible, sink) for q_group in groups), strict=True)
+        out, lse, top = (
+            torch.stack(part, dim=3).flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :T] for part in parts
+        )
+        out = out.to(out_dtype)
+        return (out, lse, top, after) if return_max else (out, lse, after)

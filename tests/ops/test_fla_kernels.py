@@ -1,0 +1,87 @@
+"""The torch chunk forms against the fla kernels on a GPU, forward and backward."""
+
+import re
+
+import pytest
+import torch
+from op_cases import CASES, Case, as_leaves, assert_close, document_rows, gradients
+
+from linearize.ops.backend import gate_obstacle
+
+pytestmark = pytest.mark.gpu
+
+# The kernels multiply float32 through TF32 (10 bits of mantissa) and bfloat16 with 8, and add up over the
+# row.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def first_configuration_only():
+    """Keeps triton from compiling and timing dozens of configurations per kernel, which takes minutes."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    original = autotuner.__init__
+
+    def with_one(self, fn, arg_names, configs, *args, **kwargs):
+        original(self, fn, arg_names, configs[:1], *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotuner, "__init__", with_one)
+        yield
+
+
+def cuda_inputs(case: Case, T: int, K: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    inputs = case.inputs(2, T, H=2, K=K, V=K)
+    converted = [x.to("cuda", dtype) for x in inputs[:3]] + [x.cuda() for x in inputs[3:]]
+    return [x.requires_grad_() for x in converted]
+
+
+def compare(case: Case, inputs: list[torch.Tensor], tolerance: float, **options) -> None:
+    """fla against torch: values, dtypes and gradients; where fla has no gradients, that it is refused."""
+    expected, expected_after = case.run(inputs, backend="torch", **options)
+    obstacle = gate_obstacle(*inputs) if case.name == "simple_gla" else ""
+    if obstacle:
+        with pytest.raises(ValueError, match=re.escape(obstacle)):
+            case.run(inputs, backend="fla", **options)
+        automatic, _ = case.run(inputs, **options)
+        assert all(torch.equal(x, y) for x, y in zip(automatic, expected, strict=True))
+    with torch.set_grad_enabled(not obstacle):
+        outputs, after = case.run(inputs, backend="fla", **options)
+    results, truths = [*outputs, *after], [*expected, *expected_after]
+    assert [x.dtype for x in results] == [x.dtype for x in truths]
+    assert_close(results, truths, tolerance)
+    if not obstacle:
+        assert_close(gradients(outputs, inputs), gradients(expected, inputs), tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("T", [1000, 4096])
+def test_fla_kernel_equals_torch_chunk(case: Case, T: int, K: int, dtype: torch.dtype):
+    inputs = cuda_inputs(case, T, K, dtype)
+    _, state = case.run([x[:, :100].detach() for x in inputs], backend="torch")
+    compare(case, inputs, TOLERANCE[dtype], state=state)
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.name)
+def test_fla_kernel_honours_documents(case: Case):
+    documents = document_rows([[200, 1, 99, 700], [64, 936]]).cuda()
+    inputs = cuda_inputs(case, 1000, 64, torch.float32)
+    compare(case, inputs, TOLERANCE[torch.float32], documents=documents)
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.name)
+def test_fla_kernel_is_safe_under_strong_decay(case: Case):
+    inputs = cuda_inputs(case, 1000, 64, torch.float32)
+    inputs[3] = case.log_decay(2, 1000, 2, 64, -20.0).cuda().requires_grad_()
+    compare(case, inputs, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_torch_chunk_on_cuda_equals_float64_loop(case: Case):
+    inputs = as_leaves([x.cuda() for x in case.inputs(2, 300)], torch.float32)
+    exact = as_leaves(inputs, torch.float64)
+    outputs, state = case.run(inputs, backend="torch")
+    expected, expected_state = case.run(exact, backend="naive")
+    assert_close([*outputs, *state], [*expected, *expected_state], 1e-5)
+    assert_close(gradients(outputs, inputs), gradients(expected, exact), 1e-4)
