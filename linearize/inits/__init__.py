@@ -1,0 +1,1 @@
+"""Initialisation of new tensors, declared by the mixers that own them."""

@@ -1,0 +1,1 @@
+"""Replacements for softmax attention; the name of a file is the name that a recipe uses."""

@@ -1,0 +1,151 @@
+"""The mixer contract: what replaces softmax attention inside one layer.
+
+A mixer knows heads, not Hugging Face: it takes projected q, k, v (before rotary embedding), the layer input for gates,
+and a `Context`, and returns head outputs plus a state of constant size. One `forward` serves training, prefill, chunked
+prefill and decoding; whether a state is given decides, never `self.training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from linearize.errors import did_you_mean
+from linearize.inits.base import Init
+
+State = dict[str, Any]
+"""A small tree (dict or tuple) of tensors, each with the batch as its first dimension, of constant size."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Sizes of one attention layer, as its family reports them."""
+
+    heads: int
+    """Query heads, Hq."""
+    kv_heads: int
+    """Key and value heads, Hkv; query head h reads key head h // (Hq // Hkv)."""
+    key_dim: int
+    """Size of a query or key vector, K."""
+    value_dim: int
+    """Size of a value vector, V."""
+    hidden_size: int
+    """Size of the layer input, C."""
+    scale: float
+    """Factor on q.k inside the source model's softmax."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a mixer may know about the batch besides its heads."""
+
+    rotary: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    """Applies the layer's position embedding to q [B, T, Hq, K] and k [B, T, Hkv, K]."""
+    mask: torch.Tensor | None = None
+    """[B, T] bool, True for real tokens. Real tokens always come first in a row; None when nothing is padded."""
+    documents: torch.Tensor | None = None
+    """[B, T] int, non-decreasing: which packed document a token belongs to; None for one document a row."""
+
+
+class Mixer(nn.Module):
+    """Base class of all mixers. A subclass lives in a file named after its recipe key.
+
+    Args:
+        config: an instance of the subclass's `Config`, a frozen dataclass.
+        shape: sizes of the layer that the mixer serves.
+    """
+
+    Config: ClassVar[type]
+    branches: ClassVar[tuple[str, ...]] = ()
+    """Names of the parallel branches that `disabled` can switch off; empty when there is only one path."""
+
+    def __init__(self, config: Any, shape: HeadShape):
+        super().__init__()
+        self.config = config
+        self.shape = shape
+        self.disabled: frozenset[str] = frozenset()
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        x: torch.Tensor,
+        ctx: Context,
+        state: State | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        """Mix tokens.
+
+        Args:
+            q: [B, T, Hq, K] before rotary embedding, after any q-norm.
+            k: [B, T, Hkv, K] likewise.
+            v: [B, T, Hkv, V].
+            x: [B, T, C] the layer input, for data-dependent gates.
+            ctx: rotary function, padding and packed documents.
+            state: what an earlier call returned, or None at the start of a sequence.
+
+        Returns:
+            y [B, T, Hq, V] and the state after the last real token of each row.
+        """
+        raise NotImplementedError
+
+    def inits(self) -> dict[str, Init]:
+        """How each new parameter is initialised, by its name inside the mixer."""
+        return {}
+
+    @torch.no_grad()
+    def initialise(self, name: str, seed: int) -> None:
+        """Fill every parameter from its declared init, seeded by its full name under `name`.
+
+        Seeding by name instead of by creation order gives any subset of layers the same tensors.
+        """
+        inits = self.inits()
+        for key, parameter in self.named_parameters():
+            inits[key].fill(parameter, name=f"{name}.{key}", seed=seed)
+
+
+@contextmanager
+def branch_off(model: nn.Module, branch: str) -> Iterator[int]:
+    """Switch one branch of every mixer of `model` off inside the context; yields how many mixers have it.
+
+    The branch that remains gets the whole weight, which is the most favourable reading of "without it".
+    """
+    touched = [m for m in model.modules() if isinstance(m, Mixer) and branch in m.branches]
+    before = [m.disabled for m in touched]
+    for mixer in touched:
+        mixer.disabled = mixer.disabled | {branch}
+    try:
+        yield len(touched)
+    finally:
+        for mixer, disabled in zip(touched, before, strict=True):
+            mixer.disabled = disabled
+
+
+def branches_of(model: nn.Module) -> list[str]:
+    """Names of all branches that the mixers of `model` can switch off, sorted."""
+    return sorted({branch for m in model.modules() if isinstance(m, Mixer) for branch in m.branches})
+
+
+def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Build a (nested) config dataclass from plain data.
+
+    Raises:
+        ValueError: for a key that `cls` does not have.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"unknown key {key!r} in {cls.__name__}{did_you_mean(key, fields)}")
+    defaults = {name: field.default_factory for name, field in fields.items()}
+    built = {}
+    for key, value in values.items():
+        nested = defaults[key]
+        is_nested = isinstance(value, dict) and isinstance(nested, type) and dataclasses.is_dataclass(nested)
+        built[key] = config_from_dict(nested, value) if is_nested else value  # type: ignore[arg-type]
+    return cls(**built)

@@ -1,0 +1,1 @@
+"""The parts that mixers are composed of."""

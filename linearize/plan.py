@@ -1,0 +1,220 @@
+"""The plan: what a conversion will do to every layer, as data that can be printed before any weight moves.
+
+`make_plan(recipe, config)` raises every error that a recipe can cause on this model. It needs the
+model's configuration, not its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from linearize.errors import UserError
+from linearize.families.base import Family
+from linearize.mixers.base import Context, HeadShape, Mixer, config_from_dict
+from linearize.recipe import Recipe
+from linearize.registry import find
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor that the swap adds."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: str
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer."""
+
+    index: int
+    module: str
+    mixer: str | None
+    """Mixer key, or None when the layer keeps its softmax attention."""
+    new: tuple[NewTensor, ...] = ()
+    state_bytes: int = 0
+    """Bytes of the decoding state of one sequence; constant in its length."""
+    kv_bytes_per_token: int = 0
+    """Bytes that the layer's softmax attention caches per token and sequence, whether it is kept or not."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion does to a model."""
+
+    family: str
+    source: str
+    mixer: dict[str, Any]
+    layers: tuple[LayerPlan, ...]
+    source_parameters: int
+    concerns: tuple[str, ...]
+    dtype: str
+
+    def description(self) -> dict[str, Any]:
+        """What the checkpoint's config stores: see `linearize.swap.mixer_specs`."""
+        return {"mixers": [self.mixer], "layers": [None if x.mixer is None else 0 for x in self.layers]}
+
+    @property
+    def new_parameters(self) -> int:
+        """Parameters that the swap adds."""
+        return sum(torch.Size(t.shape).numel() for layer in self.layers for t in layer.new)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of one sequence's cache after `tokens` tokens."""
+        return sum(
+            x.state_bytes if x.mixer is not None else x.kv_bytes_per_token * tokens for x in self.layers
+        )
+
+    def __str__(self) -> str:
+        swapped = [layer for layer in self.layers if layer.mixer is not None]
+        settings = ", ".join(f"{k}={v}" for k, v in self.mixer.items() if k != "type")
+        lines = [
+            f"source      {self.source} ({self.family}, {self.source_parameters / 1e6:,.1f}M parameters, {self.dtype})",
+            f"mixer       {self.mixer['type']} ({settings})",
+            f"layers      {len(swapped)} of {len(self.layers)} swapped: "
+            + "".join("S" if layer.mixer is None else "L" for layer in self.layers),
+            f"new         {self.new_parameters / 1e6:,.3f}M parameters; every tensor of the source keeps its name",
+        ]
+        if swapped:
+            prefix = swapped[0].module
+            lines += [f"            {prefix}.{t.name} {list(t.shape)}, {t.init}" for t in swapped[0].new]
+        for tokens in (2048, 32768, 131072):
+            before = sum(layer.kv_bytes_per_token for layer in self.layers) * tokens
+            after = self.cache_bytes(tokens)
+            lines.append(
+                f"cache       {tokens:>7,} tokens: {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB a sequence"
+            )
+        weights = (
+            (self.source_parameters + self.new_parameters) * torch.finfo(getattr(torch, self.dtype)).bits // 8
+        )
+        lines.append(
+            f"memory      weights {weights / 2**30:,.2f} GiB; trained tensors need 16 bytes a parameter more"
+        )
+        lines += [f"note        {concern}" for concern in self.concerns]
+        return "\n".join(lines)
+
+
+def make_plan(recipe: Recipe, config: Any) -> Plan:
+    """Work out the conversion of a model with configuration `config`.
+
+    Args:
+        recipe: a validated recipe.
+        config: the model's Hugging Face configuration; its `model_type` names the family.
+
+    Raises:
+        UserError: for an unsupported family, a layer pattern or number that does not fit, mixer settings that the layer
+            sizes do not allow, or stages that cannot follow each other.
+    """
+    family = find("families", config.model_type, Family)  # type: ignore[type-abstract]
+    depth = config.num_hidden_layers
+    chosen = choose_layers(recipe.layers, depth)
+    _check_stages(recipe)
+    mixer_class = find("mixers", recipe.mixer["type"], Mixer)  # type: ignore[type-abstract]
+    settings = config_from_dict(mixer_class.Config, {k: v for k, v in recipe.mixer.items() if k != "type"})
+    dtype = _dtype(recipe.model.dtype, config)
+    layers = []
+    with torch.device("meta"):
+        names = list(family.attentions(family.model_class(config)))
+        source_parameters = sum(p.numel() for p in family.model_class(config).parameters())
+    for index, module in enumerate(names):
+        shape = family.shape(config, index)
+        kv = shape.kv_heads * (shape.key_dim + shape.value_dim) * dtype.itemsize
+        if index not in chosen:
+            layers.append(LayerPlan(index, module, None, kv_bytes_per_token=kv))
+            continue
+        with FakeTensorMode(), _default_dtype(dtype):
+            mixer = mixer_class(settings, shape)
+            held = state_bytes(mixer, shape, dtype)
+        inits = mixer.inits()
+        new = tuple(
+            NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters()
+        )
+        layers.append(LayerPlan(index, module, recipe.mixer["type"], new, held, kv))
+    return Plan(
+        family=config.model_type,
+        source=recipe.resolved_model(),
+        mixer={"type": recipe.mixer["type"], **dataclasses.asdict(settings)},
+        layers=tuple(layers),
+        source_parameters=source_parameters,
+        concerns=tuple(family.concerns(config)),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def choose_layers(layers: str | list[int], depth: int) -> set[int]:
+    """The numbers of the layers to swap.
+
+    Args:
+        layers: "all", a pattern of L and S whose length divides `depth`, or layer numbers.
+        depth: layers of the model.
+
+    Raises:
+        UserError: when it does not fit the depth or chooses nothing.
+    """
+    if isinstance(layers, list):
+        outside = [i for i in layers if not 0 <= i < depth]
+        if outside:
+            raise UserError(f"layers: {outside} not in this model; it has layers 0 to {depth - 1}")
+        chosen = set(layers)
+    elif layers == "all":
+        chosen = set(range(depth))
+    else:
+        wrong = sorted(set(layers) - set("LS"))
+        if wrong or not layers:
+            raise UserError(
+                f"layers: {layers!r} is neither 'all' nor a pattern of L (swap) and S (keep softmax)"
+            )
+        if depth % len(layers):
+            fits = ", ".join(str(n) for n in range(1, depth + 1) if depth % n == 0)
+            raise UserError(
+                f"layers: pattern {layers!r} has {len(layers)} letters and does not repeat evenly over {depth} layers; "
+                f"lengths that fit: {fits}"
+            )
+        chosen = {i for i in range(depth) if layers[i % len(layers)] == "L"}
+    if not chosen:
+        raise UserError(f"layers: {layers!r} swaps no layer; put an L in the pattern, or use 'all'")
+    return chosen
+
+
+def state_bytes(mixer: Mixer, shape: HeadShape, dtype: torch.dtype) -> int:
+    """Bytes of the mixer's decoding state for one sequence, read off a forward pass over two tokens."""
+    q = torch.empty(1, 2, shape.heads, shape.key_dim, dtype=dtype)
+    k = torch.empty(1, 2, shape.kv_heads, shape.key_dim, dtype=dtype)
+    v = torch.empty(1, 2, shape.kv_heads, shape.value_dim, dtype=dtype)
+    x = torch.empty(1, 2, shape.hidden_size, dtype=dtype)
+    _, state = mixer(q, k, v, x, Context(lambda q, k: (q, k)))
+    return sum(t.numel() * t.element_size() for t in tree_leaves(state) if isinstance(t, torch.Tensor))
+
+
+def _check_stages(recipe: Recipe) -> None:
+    for index, stage in enumerate(recipe.stages[:-1]):
+        lora = stage.get("lora")
+        if lora and not lora["merge"]:
+            raise UserError(
+                f"stages.{index}.lora.merge is false, but only the last stage can leave its adapter unmerged"
+            )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _dtype(wanted: str, config: Any) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
