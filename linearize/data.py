@@ -1,0 +1,304 @@
+"""Training data: documents of any source, tokenised once into packed rows on disk, read back memory-mapped.
+
+`prepare(config, tokenizer, cache_dir=...)` returns a `PackedDataset`, from the cache if the same data was
+prepared before. `batches` walks through it as a pure function of the step, so that a resumed run sees exactly
+what it would have seen. `read_tokens` gives the plain tokens of a source for evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from linearize.errors import UserError, disk_full
+from linearize.ops.documents import positions
+from linearize.packing import Row, pack, pad_each, with_recall
+from linearize.schema import Count, Strict
+from linearize.sources import Document, open_source, tokenized
+
+_LAYOUT = 1
+_SHARD_TOKENS = 1 << 23
+_TENSORS = ("input_ids", "documents", "trained", "lengths")
+
+
+class DataConfig(Strict):
+    """What to train on and how it is cut into sequences."""
+
+    source: str = Field(
+        "demo",
+        description="demo (text inside the package), the name of a Hub dataset, or a .parquet, .jsonl, .json "
+        "or .txt file, a folder of them, or a pattern such as texts/*.parquet. A .txt file is one document.",
+    )
+    name: str | None = Field(None, description="Configuration of the Hub dataset.")
+    revision: str | None = Field(
+        None, description="Commit or branch of the Hub dataset. Default: its newest."
+    )
+    split: str = Field(
+        "train",
+        description="Split, with an optional slice: train, train[:5%]. Of several local files each belongs "
+        "to the split that its name contains as a word; the others, and a file named alone, belong to train.",
+    )
+    streaming: bool = Field(
+        False, description="Read the Hub dataset while it arrives instead of downloading all of it first."
+    )
+    format: Literal["auto", "text", "chat", "instruction"] = Field(
+        "auto",
+        description="What a row is: text, a chat (list of messages, rendered by the tokenizer's chat "
+        "template, or as `role: content` lines without one), or an Alpaca instruction with its output. auto "
+        "decides by the columns.",
+    )
+    text_column: str | None = Field(
+        None, description="Column with the text or the messages. Default: text, messages or conversations."
+    )
+    seq_len: Count = Field(1024, gt=1, description="Tokens per sequence.")
+    packing: bool = Field(
+        True, description="Concatenate documents to full sequences; false: one cut or padded document each."
+    )
+    eos_between_documents: bool = Field(
+        True, description="End every document with the end-of-sequence token."
+    )
+    completion_only: bool = Field(
+        False, description="Train on replies only: prompts of chats and instructions are not predicted."
+    )
+    limit_documents: Count | None = Field(None, gt=0, description="Use at most this many documents.")
+    max_tokens: Count | None = Field(
+        None, gt=0, description="Prepare at most this many tokens (at least one sequence), for example 20M."
+    )
+    shuffle: bool = Field(True, description="Shuffle documents before packing, and sequences in every epoch.")
+    seed: int = Field(0, description="Seed of the document shuffle and of the synthetic recall documents.")
+    recall_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of sequences that are synthetic recall documents."
+    )
+
+
+class PackedDataset:
+    """Sequences of `seq_len` tokens in a folder that `prepare` wrote, read when they are asked for.
+
+    Raises:
+        UserError: when the folder is not a complete prepared data set.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.info: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+            files = [safe_open(folder / name, framework="pt") for name in self.info["shards"]]
+            self._shards = [{name: file.get_tensor(name) for name in _TENSORS} for file in files]
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"prepared data in {folder} is damaged ({error}); delete that folder and run again"
+            ) from error
+        self.seq_len: int = self.info["seq_len"]
+        self.shuffle: bool = self.info["shuffle"]
+        self._ends = np.cumsum([len(shard["lengths"]) for shard in self._shards])
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return int(self._ends[-1])
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, padding not counted."""
+        return self.info["tokens"]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The sequences at `indices`: input_ids, labels, position_ids, maybe attention_mask, `[B, T]` int64.
+
+        Labels follow HF: they stand at the index of their token, the loss shifts them. They are -100 on
+        padding, on prompts if only completions train, and on the first token of every document, which nothing
+        precedes. position_ids restart at 0 with every packed document; attention_mask is there only if a row
+        is padded.
+        """
+        rows = [self._row(int(index)) for index in indices]
+        ids, documents, trained, lengths = (torch.stack(part) for part in zip(*rows, strict=True))
+        batch = {"input_ids": ids.long(), "labels": ids.long().masked_fill(~trained, -100)}
+        batch["position_ids"] = positions(documents)[1]
+        if bool((lengths < self.seq_len).any()):
+            batch["attention_mask"] = (torch.arange(self.seq_len) < lengths[:, None]).long()
+        return batch
+
+    def order(self, seed: int, epoch: int) -> torch.Tensor:
+        """Indices `[len(self)]` of all sequences in the order of this epoch; 0, 1, 2, ... without shuffle."""
+        if not self.shuffle:
+            return torch.arange(len(self))
+        # hashed, because the CPU generator takes no more than the low 32 bits of a seed
+        digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        return torch.randperm(len(self), generator=generator)
+
+    def _row(self, index: int) -> tuple[torch.Tensor, ...]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        row = index - int(self._ends[shard])  # negative: counted from the shard's end
+        return tuple(self._shards[shard][name][row] for name in _TENSORS)
+
+
+def batches(
+    dataset: PackedDataset, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of `batch_size` sequences from step `start_step` on, epoch after epoch.
+
+    A step takes the next `world * batch_size` sequences of the epochs' orders, of which this `rank` gets its
+    part.
+    """
+    epoch, order = -1, torch.empty(0)
+    step = start_step
+    while True:
+        first = (step * world + rank) * batch_size
+        indices = []
+        for sample in range(first, first + batch_size):
+            if sample // len(dataset) != epoch:
+                epoch = sample // len(dataset)
+                order = dataset.order(seed, epoch)
+            indices.append(int(order[sample % len(dataset)]))
+        yield dataset.batch(indices)
+        step += 1
+
+
+def prepare(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path | None = None
+) -> PackedDataset:
+    """Tokenise and pack `config`'s documents below `cache_dir`, or reuse what an earlier call made there.
+
+    The default `cache_dir` is `linearize` in the Hugging Face home (`HF_HOME`).
+
+    Reused if configuration, tokenizer content, and size and time of local files or the commit of a Hub
+    dataset are the same (the commit of a stream is not known: give `revision`). Processes of one machine may
+    call this together: one works, the others wait. A killed call leaves nothing that is read.
+
+    Raises:
+        UserError: when the data cannot be found, read or written, has no usable column, or fills no sequence.
+    """
+    cache_dir = Path(cache_dir or Path(HF_HOME) / "linearize")
+    safe = f"finished data sets in {cache_dir} are complete"
+    with disk_full(cache_dir, safe):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    rows, origin = open_source(config, cache_dir / "sources")
+    key = _key(config, tokenizer, origin)
+    folder, partial = cache_dir / key, cache_dir / f"{key}.partial"
+    with FileLock(cache_dir / f"{key}.lock"):
+        if not folder.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                with disk_full(cache_dir, safe):
+                    partial.mkdir()
+                    _write(config, tokenizer, rows, partial)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            os.replace(partial, folder)
+    return PackedDataset(folder)
+
+
+def read_tokens(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str = "train",
+    *,
+    name: str | None = None,
+    max_tokens: int | None = None,
+) -> torch.Tensor:
+    """Tokens `[N]` int64 of a source's documents in their order, laid end to end; at most `max_tokens`.
+
+    Raises:
+        UserError: when the data cannot be found or read, or has no usable column or no text.
+    """
+    eos = tokenizer.eos_token_id is not None
+    config = DataConfig(source=source, name=name, split=split, shuffle=False, eos_between_documents=eos)
+    rows, _ = open_source(config, None)
+    parts: list[np.ndarray] = []
+    total = 0
+    for document in tokenized(rows, config, tokenizer):
+        parts.append(document.ids)
+        total += len(document.ids)
+        if max_tokens is not None and total >= max_tokens:
+            break
+    if not parts:
+        raise UserError(_too_little(config, {"documents": 0, "tokens": 0}))
+    return torch.from_numpy(np.concatenate(parts)).long()[:max_tokens]
+
+
+def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, origin: list) -> str:
+    if tokenizer.is_fast:
+        # padding and truncation are settings of the last call, not content
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    else:
+        state = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+    content = [_LAYOUT, config.model_dump(), origin, state, tokenizer.chat_template, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, folder: Path) -> None:
+    """Write shards and, last, meta.json into `folder`."""
+    counter = {"documents": 0, "tokens": 0}
+    documents = _counted(tokenized(rows, config, tokenizer), counter, config)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    packed = pack(documents, config.seq_len) if config.packing else pad_each(documents, config.seq_len, pad)
+    if config.recall_fraction:
+        packed = with_recall(packed, config.recall_fraction, config.seq_len, tokenizer, config.seed)
+    tokens = 0
+    shards: list[str] = []
+    pending: list[Row] = []
+    for row in packed:
+        if config.max_tokens is not None and tokens and tokens + row[3] > config.max_tokens:
+            break
+        tokens += row[3]
+        pending.append(row)
+        if len(pending) * config.seq_len >= _SHARD_TOKENS:
+            shards.append(_save(pending, folder, len(shards)))
+            pending = []
+    if pending:
+        shards.append(_save(pending, folder, len(shards)))
+    if not shards:
+        raise UserError(_too_little(config, counter))
+    meta = {"seq_len": config.seq_len, "shuffle": config.shuffle, "tokens": tokens, "shards": shards}
+    meta |= {"documents": counter["documents"], "config": config.model_dump()}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _counted(
+    documents: Iterator[Document], counter: dict[str, int], config: DataConfig
+) -> Iterator[Document]:
+    with tqdm(desc="tokenising", unit="tok", unit_scale=True, total=config.max_tokens) as bar:
+        for document in documents:
+            counter["documents"] += 1
+            counter["tokens"] += len(document.ids)
+            bar.update(len(document.ids))
+            yield document
+
+
+def _save(rows: list[Row], folder: Path, number: int) -> str:
+    ids, documents, trained, lengths = zip(*rows, strict=True)
+    arrays = (np.stack(ids), np.stack(documents), np.stack(trained), np.asarray(lengths, np.int32))
+    tensors = {name: torch.from_numpy(array) for name, array in zip(_TENSORS, arrays, strict=True)}
+    name = f"shard-{number:05d}.safetensors"
+    save_file(tensors, folder / name)
+    with open(folder / name, "rb") as file:
+        os.fsync(file.fileno())
+    return name
+
+
+def _too_little(config: DataConfig, counter: dict[str, int]) -> str:
+    what = f"data.source={config.source!r} (split {config.split!r})"
+    if not counter["tokens"]:
+        return f"{what} has no text: all documents are empty; choose other data or another data.text_column"
+    return (
+        f"{what} has {counter['tokens']:,} tokens in {counter['documents']:,} documents, fewer than one "
+        f"sequence of data.seq_len={config.seq_len}; lower data.seq_len, add data, or set data.packing=false"
+    )
