@@ -1,0 +1,1 @@
+"""What makes a converted model an ordinary Hugging Face model: configuration, cache, loading and export."""

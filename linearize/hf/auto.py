@@ -1,0 +1,102 @@
+"""Makes converted models known to Hugging Face's Auto classes, and turns loaded source models into them.
+
+`register()` runs by itself when `linearize` has been imported and an Auto class is used (see
+`linearize.hf.hook`); after it `AutoModelForCausalLM.from_pretrained` loads every converted checkpoint without
+`trust_remote_code`. Whatever these classes save, with `save_pretrained` or through a trainer, carries the
+code to load it without the toolkit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+from linearize import registry
+from linearize.families.base import Family
+from linearize.hf.bundle import auto_map, bundle
+from linearize.hf.modeling import build_classes
+from linearize.mixers.base import Mixer, config_from_dict
+from linearize.swap import mixer_specs, swap_layers, swapped
+
+PREFIX = "linearized_"
+"""What the `model_type` of a converted model begins with; the source's `model_type` follows."""
+
+
+def find_mixer(key: str) -> type[Mixer]:
+    """The mixer class that a recipe or a checkpoint's config names.
+
+    Raises:
+        UserError: for an unknown key; see `registry.find`.
+    """
+    return registry.find("mixers", key, Mixer)
+
+
+@cache
+def classes(model_type: str) -> tuple[type, type]:
+    """The (config class, model class) of converted models whose source has this `model_type`, say "llama".
+
+    Raises:
+        UserError: for an architecture without a family file.
+    """
+    family = registry.find("families", model_type, Family)
+    config_class, model_class = build_classes(family, find_mixer, __name__)
+    model_class.save_pretrained = _saves_code(model_class.save_pretrained, model_type)  # type: ignore[attr-defined]
+    return config_class, model_class
+
+
+def _saves_code(save: Any, model_type: str) -> Any:
+    @wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        files = bundle(model_type, [mixer["type"] for mixer in self.config.linearize["mixers"]])
+        self.config.auto_map = auto_map(model_type)
+        save(self, save_directory, *args, **kwargs)
+        for name, text in files.items():
+            (Path(save_directory) / name).write_text(text, encoding="utf-8")
+
+    return save_pretrained
+
+
+@cache
+def register() -> None:
+    """Register the classes of every family with the Auto classes; later calls do nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for key in registry.keys("families"):
+        config_class, model_class = classes(key)
+        AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
+        AutoModelForCausalLM.register(config_class, model_class)
+
+
+def linearized(model: Any, model_type: str, description: Mapping[str, Any]) -> Any:
+    """Turn a loaded source model, in place, into its converted class and put its mixers in.
+
+    Every tensor of the source stays the same object under the same name. The mixers' new parameters have the
+    model's dtype and their layer's device, and no values yet: call `Mixer.initialise` on each.
+
+    Args:
+        model: an instance of the family's causal LM class, on any device.
+        model_type: the family's key.
+        description: what the config will say, see `linearize.swap.mixer_specs`.
+
+    Returns:
+        The same `model`.
+
+    Raises:
+        UserError: for an unknown family or mixer.
+        ValueError: for settings that the mixer rejects.
+    """
+    family = registry.find("families", model_type, Family)
+    config_class, model_class = classes(model_type)
+    specs = mixer_specs(description, find_mixer, config_from_dict)
+    found: type = type(model)
+    assert found is family.model_class, f"{found} is not {family.model_class}"
+    model.__class__ = model_class
+    model.config.__class__ = config_class
+    model.config.linearize = dict(description)
+    swap_layers(model, family, specs)
+    for attn in swapped(model).values():
+        out: Any = family.output_projection(attn)
+        attn.mixer.to(device=out.weight.device, dtype=model.dtype)
+    return model

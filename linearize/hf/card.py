@@ -1,0 +1,69 @@
+"""The model card of a converted checkpoint: what it is, how to load it, what was measured, and its recipe.
+
+Every number comes from the run's own measurements; without any, the card says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from linearize.evals.measure import Measurement
+from linearize.evals.table import comparison_table
+from linearize.plan import Plan
+from linearize.recipe import Recipe
+
+
+def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measurement]) -> str:
+    """README.md of the checkpoint.
+
+    Args:
+        recipe: the resolved recipe.
+        plan: what was swapped.
+        measurements: name of the point ("teacher", "untrained", "after finetune") -> what was measured there.
+    """
+    source = recipe.resolved_model()
+    local = Path(source).exists()
+    head = {"library_name": "transformers", "tags": ["linearize", "linear-attention", plan.mixer["type"]]}
+    if not local:
+        head["base_model"] = source
+    swapped = sum(layer.mixer is not None for layer in plan.layers)
+    name = recipe.model.name if local else source
+    measured = (
+        comparison_table(list(measurements.items()))
+        if measurements
+        else "Nothing was measured for this checkpoint."
+    )
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {name}, linearized with {plan.mixer["type"]}
+
+{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{plan.mixer["type"]}` mixer and trained
+to take over from it, with [linearize](https://pypi.org/project/linearize/). The decoding cache of a sequence takes
+{plan.cache_bytes(2048) / 2**20:,.2f} MiB after 2,048 tokens and {plan.cache_bytes(131072) / 2**20:,.2f} MiB after 131,072.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # with `import linearize`: not needed
+tokenizer = AutoTokenizer.from_pretrained(path)
+```
+
+## Measured
+
+Losses are nats per token; "off" columns switch one branch of the mixers off. Settings: `evaluation` in `recipe.yaml`.
+
+{measured}
+
+## Recipe
+
+```yaml
+{recipe.to_yaml().strip()}
+```
+"""

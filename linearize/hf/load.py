@@ -1,0 +1,171 @@
+"""Loads a converted checkpoint, or any Hugging Face causal LM, and says plainly what is wrong when it cannot.
+
+`load(path)` returns the model in eval mode and its tokenizer. Weights are read from safetensors only, never
+from pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from linearize.errors import UserError
+from linearize.hf.auto import register
+from linearize.hf.export import ADAPTER
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        path_or_repo: a local folder, or a repository name on the hub.
+        dtype: "auto" (what the checkpoint says) or a torch dtype, by name or object. Position embeddings stay
+            float32.
+        device: where the weights go, loaded there directly; None is the CPU.
+        trust_remote_code: run code of the repository, for architectures that transformers does not have.
+            Converted checkpoints do not need it.
+        revision: branch, tag or commit of a hub repository.
+        attn_implementation: kernel of the softmax layers, as transformers names it; its choice when None.
+
+    Returns:
+        (model, tokenizer); a checkpoint with an `adapter` folder gives a `PeftModel`.
+
+    Raises:
+        UserError: for a folder or repository that is missing, unreachable, incomplete or damaged, and for a
+            mixer or family that this installation does not have.
+    """
+    source = _source(path_or_repo)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    config = load_config(path_or_repo, **options)
+    if _is_local(path_or_repo):
+        for name in _weight_files(Path(source)):
+            _check_weights(Path(source) / name)
+    loader: Any = AutoModelForCausalLM
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, report = loader.from_pretrained(
+            source,
+            config=config,
+            dtype=_dtype(dtype),
+            device_map=None if device is None else {"": torch.device(device)},
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except OSError as error:
+        raise UserError(_unreachable(source, error)) from error
+    _check_complete(source, report)
+    return _with_adapter(model.eval(), source, revision), tokenizer
+
+
+def load_config(
+    path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """Only the configuration of a model; arguments and errors as `load`."""
+    register()
+    source = _source(path_or_repo)
+    if _is_local(path_or_repo):
+        _check_folder(Path(source))
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+    except OSError as error:
+        raise UserError(_unreachable(source, error)) from error
+
+
+def _source(path_or_repo: str | Path) -> str:
+    return str(Path(path_or_repo).expanduser()) if _is_local(path_or_repo) else str(path_or_repo)
+
+
+def _is_local(path_or_repo: str | Path) -> bool:
+    text = str(path_or_repo)
+    looks = isinstance(path_or_repo, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1
+    return Path(text).expanduser().exists() or (looks and os.sep in text)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; give a checkpoint's folder, or a hub repository such as org/name")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json, so it is not a finished Hugging Face checkpoint")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if (folder / INDEX).is_file():
+        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    hint = "it holds pickled weights (.bin), which are never read; convert them to safetensors first"
+    if not any(folder.glob("*.bin")):
+        hint = "convert or download it again"
+    raise UserError(f"{folder} has a config.json but no weights ({SINGLE} or {INDEX}); {hint}")
+
+
+def _check_weights(file: Path) -> None:
+    """Read the header, which tells the size that the file must have."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; {INDEX} names it. Copy the checkpoint again") from error
+    except SafetensorError as error:
+        raise UserError(
+            f"{file} is damaged ({error}); it was probably cut off while being copied or downloaded. "
+            "Delete it and fetch or convert the checkpoint again"
+        ) from error
+
+
+def _check_complete(source: str, report: dict[str, Any]) -> None:
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} tensors that its config.json calls for, such as {missing[0]}; "
+            "the weights and the configuration do not belong together"
+        )
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise UserError(f"unknown dtype {dtype!r}; known: auto, bfloat16, float16, float32")
+    return found
+
+
+def _unreachable(source: str, error: OSError) -> str:
+    if _is_local(source):
+        return f"cannot load {source}: {error}"
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    reason = str(error).splitlines()[0]
+    if offline:
+        reason = "HF_HUB_OFFLINE is set and it is not in the local cache"
+    return (
+        f"cannot load {source!r}: no such folder here, and as a hub repository: {reason}. Check the name and "
+        "the network (and `hf auth login` for a gated one), or give the path of a local copy"
+    )
+
+
+def _with_adapter(model: Any, source: str, revision: str | None) -> Any:
+    if not _is_local(source) or not (Path(source) / ADAPTER / "adapter_config.json").is_file():
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, Path(source) / ADAPTER).eval()

@@ -1,0 +1,76 @@
+"""Configuration and model classes of converted models, made per family.
+
+`build_classes(family, find)` gives a config class with its own `model_type` ("linearized_llama") and a causal
+LM class that swaps its layers as its config says. The toolkit registers them with the Auto classes; an
+exported checkpoint carries a copy of this file and builds the same classes without the toolkit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+
+from linearize.families.base import Family
+from linearize.hf.cache import state_layer
+from linearize.mixers.base import Mixer, config_from_dict
+from linearize.swap import mixer_specs, swap_layers, swapped
+
+
+def build_classes(family: type[Family], find: Callable[[str], type[Mixer]], module: str) -> tuple[type, type]:
+    """Make the (config class, model class) of converted `family` models.
+
+    Args:
+        family: the architecture.
+        find: mixer key, as the config has it -> mixer class.
+        module: name of the module that will hold the classes.
+    """
+    source = family.config_class
+    name = family.model_class.__name__
+
+    config_class: Any = strict(
+        type(
+            f"Linearized{source.__name__}",
+            (source,),
+            {
+                "__module__": module,
+                "__doc__": f"{source.__name__} plus `linearize`: which mixer serves which layer.",
+                "__annotations__": {"linearize": dict | None},
+                "model_type": f"linearized_{source.model_type}",  # type: ignore[attr-defined]
+                "linearize": None,
+            },
+        )
+    )
+
+    class Linearized(family.model_class):  # type: ignore[name-defined]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any):
+            super().__init__(config, *args, **kwargs)
+            swap_layers(self, family, mixer_specs(config.linearize, find, config_from_dict))
+
+        def _prepare_cache_for_generation(
+            self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        ) -> Any:
+            result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            cache = model_kwargs.get("past_key_values")
+            if cache is not None:
+                for attn in (a for a in swapped(self).values() if not a.teacher):
+                    state_layer(cache, int(attn.layer_idx))  # type: ignore[arg-type]
+                if generation_config.is_assistant:  # the call above marked the layers that were just replaced
+                    cache.activate_past_recording()
+            return result
+
+        @staticmethod
+        def create_masks_for_generate(
+            config: Any, inputs_embeds: Any, attention_mask: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            # Swapped layers read padding from the 2-D mask; softmax layers expand it themselves.
+            return attention_mask
+
+    Linearized.__name__ = Linearized.__qualname__ = f"Linearized{name}"
+    Linearized.__module__ = module
+    Linearized.__doc__ = f"{name} with some or all attention layers replaced by linear mixers."
+    Linearized.config_class = config_class
+    Linearized.config = None
+    Linearized.__annotations__ = {"config": config_class}
+    return config_class, Linearized
