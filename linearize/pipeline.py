@@ -1,0 +1,185 @@
+"""The whole story of a conversion: recipe -> plan -> swap -> stages -> checkpoint -> measurements.
+
+`convert(recipe, out)` leaves a Hugging Face checkpoint in `out` and everything it did in `out/run`: the resolved
+recipe, the plan, each stage's metrics and result, and the measurements. Killed at any time, it resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from linearize.data import prepare
+from linearize.errors import UserError, disk_full
+from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.table import comparison_table
+from linearize.families.base import Family
+from linearize.hf.auto import linearized
+from linearize.hf.card import model_card
+from linearize.hf.export import export, export_adapter
+from linearize.hf.load import load, load_config
+from linearize.plan import Plan, make_plan
+from linearize.recipe import Recipe
+from linearize.registry import find
+from linearize.stages.base import Stage
+from linearize.swap import swapped, teacher_path
+from linearize.training.config import TrainingConfig
+
+
+def convert(
+    recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, say: Callable = print
+) -> Path:
+    """Convert a model as `recipe` says.
+
+    Args:
+        recipe: a validated recipe.
+        out: folder for the checkpoint. Default: `<model>-<mixer>` in the current folder.
+        resume: go on with an interrupted conversion of the same recipe in `out`.
+        say: receives the plan and the final table, a text each.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: for everything a recipe, a model or a machine can do wrong; nothing on disk is lost.
+    """
+    out = Path(out if out is not None else f"{Path(recipe.model.name).name}-{recipe.mixer['type']}")
+    plan = plan_of(recipe)
+    claim(out, recipe, resume)
+    say(str(plan))
+    model, tokenizer = load(
+        plan.source,
+        dtype=recipe.model.dtype,
+        device=default_device(recipe.model.device),
+        attn_implementation=recipe.model.attn_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+        revision=recipe.model.revision,
+    )
+    swap(model, plan, recipe.seed)
+    points = _Points(out / "run" / "measurements.json", recipe, tokenizer)
+    with teacher_path(model):
+        points.take("teacher", model)
+    points.take("untrained", model)
+    stage = None
+    configs = recipe.stage_configs()
+    for index, (config, label) in enumerate(zip(configs, _labels(configs), strict=True)):
+        stage = find("stages", config.type, Stage)(config, find("families", plan.family, Family))
+        text = recipe.data.model_copy(update={"seq_len": config.seq_len or recipe.data.seq_len})
+        data = prepare(text, tokenizer)
+        started = time.perf_counter()
+        stage.run(model, data, out / "run" / f"{index}-{config.type}", resume=resume)
+        points.add_training(config, time.perf_counter() - started)
+        points.take(label, model)
+    files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
+    options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
+    if stage is not None and stage.adapter is not None:
+        export_adapter(stage.adapter, tokenizer, out, **options)
+    else:
+        export(model, tokenizer, out, **options)
+    if points.taken:
+        say(comparison_table(list(points.taken.items())))
+    say(f"checkpoint written to {out}")
+    return out
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """The plan of a recipe, from its model's configuration alone; no weights are loaded."""
+    source = recipe.model
+    config = load_config(
+        recipe.resolved_model(), trust_remote_code=source.trust_remote_code, revision=source.revision
+    )
+    return make_plan(recipe, config)
+
+
+def swap(model: Any, plan: Plan, seed: int) -> None:
+    """Put the plan's mixers into a source model, in place, and fill their parameters."""
+    linearized(model, plan.family, plan.description())
+    for name, attn in swapped(model).items():
+        attn.mixer.initialise(f"{name}.mixer", seed)
+
+
+def default_device(wanted: str) -> str:
+    """The device that `model.device` stands for: auto is this process's GPU if there is one, else the CPU."""
+    if wanted != "auto":
+        return wanted
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def claim(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Make `out/run` this recipe's, or check that it is.
+
+    Raises:
+        UserError: when `out` holds something else, or when the recipe to resume differs from the one that began.
+    """
+    mark = out / "run" / "recipe.yaml"
+    if mark.exists() and resume:
+        before, now = _flat(yaml.safe_load(mark.read_text())), _flat(recipe.model_dump(mode="json"))
+        changed = [k for k in dict.fromkeys([*before, *now]) if before.get(k) != now.get(k)]
+        if changed:
+            raise UserError(
+                f"cannot resume in {out}: the recipe differs in "
+                + ", ".join(f"{k} ({before.get(k)!r} then, {now.get(k)!r} now)" for k in changed[:5])
+                + "; use the first recipe, or another output folder"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        remedy = "resume it with --resume" if mark.exists() else "it was not made by this command"
+        raise UserError(f"output folder {out} is in use ({remedy}); choose another with -o, or remove it")
+    with disk_full(out):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(recipe.to_yaml())
+
+
+class _Points:
+    """The measurements of one conversion, kept on disk so that a resumed run does not repeat them."""
+
+    def __init__(self, path: Path, recipe: Recipe, tokenizer: Any):
+        self.path, self.recipe, self.tokenizer = path, recipe, tokenizer
+        self.tokens, self.seconds = 0, 0.0
+        self.text: torch.Tensor | None = None
+        saved = json.loads(path.read_text()) if path.exists() else []
+        self.taken: dict[str, Measurement] = {name: Measurement.from_dict(values) for name, values in saved}
+
+    def add_training(self, config: Any, seconds: float) -> None:
+        self.tokens += config.tokens
+        self.seconds += seconds
+
+    def take(self, name: str, model: Any) -> None:
+        """Measure `model` unless the recipe asks for nothing or an interrupted run has measured it already."""
+        config = self.recipe.evaluation
+        if config is None or name in self.taken:
+            return
+        if self.text is None:
+            self.text = eval_tokens(config, self.tokenizer, self.recipe.data)
+        found = measure(model, self.tokenizer, config, token_ids=self.text, seq_len=self.recipe.data.seq_len)
+        found.tokens, found.seconds = self.tokens, self.seconds
+        self.taken[name] = found
+        partial = self.path.with_suffix(".partial")
+        with disk_full(self.path.parent):
+            partial.write_text(json.dumps([(n, m.to_dict()) for n, m in self.taken.items()], indent=1))
+        os.replace(partial, self.path)
+
+
+def _labels(configs: list[TrainingConfig]) -> list[str]:
+    """A name for the point after each stage: its type, numbered where a type comes twice."""
+    types = [config.type for config in configs]
+    return [f"after {t} {i + 1}" if types.count(t) > 1 else f"after {t}" for i, t in enumerate(types)]
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {path: value}
+    return {
+        k: v for key, child in items for k, v in _flat(child, f"{path}.{key}" if path else str(key)).items()
+    }

@@ -1,0 +1,133 @@
+"""The stage contract: train some named tensors of a swapped model and leave every other tensor bit-identical.
+
+`Stage.run` is the whole life of a stage: choose and prepare the trained tensors, train them in float32 on the shared
+loop, and write what changed to `result.safetensors`, from which a resumed conversion restores instead of training.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from linearize.data import PackedDataset
+from linearize.errors import UserError
+from linearize.families.base import Family
+from linearize.training.checkpoint import read_tensors, write_tensors
+from linearize.training.config import TrainingConfig
+from linearize.training.loop import Batch, Metrics, train
+
+
+class Stage:
+    """Base class of all stages. A subclass lives in a file named after its recipe key.
+
+    Args:
+        config: an instance of the subclass's `Config`.
+        family: the model's architecture.
+    """
+
+    Config: ClassVar[type[TrainingConfig]]
+    adapter: Any = None
+    """The peft model that holds an adapter which was not merged, after the stage has run; exported beside the weights."""
+
+    def __init__(self, config: Any, family: type[Family]):
+        self.config = config
+        self.family = family
+
+    def prepare(self, model: Any) -> dict[str, nn.Parameter]:
+        """Ready the model for this stage (hooks, adapters) and return the parameters to train, by full name."""
+        raise NotImplementedError
+
+    def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
+        """Forward and backward of one micro-batch; gradients are those of `weight` times the summed loss.
+
+        Returns:
+            Sums over the micro-batch, "loss" among them, as scalar tensors.
+        """
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> int:
+        """How many items the summed loss of a micro-batch has; by default its real tokens."""
+        mask = batch.get("attention_mask")
+        return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+    def finish(self, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Undo `prepare` and return what changed: full name in the model -> tensor; by default what was trained."""
+        return dict(parameters)
+
+    def restore(self, model: Any, tensors: dict[str, torch.Tensor]) -> None:
+        """Put what an earlier `finish` returned into a model that has not run this stage."""
+        state = model.state_dict()
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate for the parameter `name`."""
+        return 1.0
+
+    def run(self, model: Any, data: PackedDataset, folder: Path, resume: bool = False) -> None:
+        """Run the stage, or restore its result when `resume` finds it finished.
+
+        Args:
+            model: a swapped model; changed in place.
+            data: packed sequences.
+            folder: the stage's own folder, for metrics, checkpoints and the result.
+            resume: continue from what an earlier, interrupted run left in `folder`.
+        """
+        result = folder / "result.safetensors"
+        if resume and result.exists():
+            with torch.no_grad():
+                self.restore(model, read_tensors(result)[0])
+            return
+        for p in model.parameters():
+            p.requires_grad_(False)
+        parameters = self.prepare(model)
+        dtypes = {name: p.dtype for name, p in parameters.items()}
+        for p in parameters.values():
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        model.train()
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        train(
+            self.config,
+            parameters,
+            data,
+            folder,
+            backward=lambda batch, weight: self.backward(model, batch, weight),
+            count=self.count,
+            lr_scale=self.lr_scale,
+            resume=resume,
+        )
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
+        for name, p in parameters.items():
+            p.data = p.data.to(dtypes[name])
+            p.requires_grad_(False)
+        with torch.no_grad():
+            write_tensors(result, self.finish(model, parameters), {"type": self.config.type})
+        for leftover in folder.glob("step-*.safetensors"):
+            leftover.unlink()
+
+
+def select(model: nn.Module, patterns: list[str], stage: str) -> dict[str, nn.Parameter]:
+    """The parameters whose full name matches one of the shell-style `patterns`.
+
+    Raises:
+        UserError: when a pattern matches nothing.
+    """
+    named = dict(model.named_parameters())
+    chosen: dict[str, nn.Parameter] = {}
+    for pattern in patterns:
+        hits = fnmatch.filter(named, pattern)
+        if not hits:
+            raise UserError(
+                f"stage {stage}: train pattern {pattern!r} matches no parameter; names look like "
+                f"{', '.join(list(named)[1:4])}"
+            )
+        chosen.update({name: named[name] for name in hits})
+    return chosen

@@ -1,0 +1,1 @@
+"""One training loop for every stage, its optimiser, its data order and its checkpoints."""

@@ -1,0 +1,105 @@
+"""Resumable training checkpoints: one safetensors file each, written atomically, the last two kept.
+
+A file holds the trained parameters, the optimiser's moments and, in its metadata, everything else the loop needs to go
+on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from linearize.errors import UserError, disk_full
+
+_KEEP = 2
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+    """Write tensors and a JSON-able state to one file, so that either the old or the new file exists, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with disk_full(path.parent):
+        try:
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                temporary,
+                {"state": json.dumps(state)},
+            )
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        UserError: when the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged ({error}); delete that file and resume again: an earlier checkpoint or the "
+            "start of the stage is used instead"
+        ) from error
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimiser steps lies."""
+    return folder / f"step-{step:08d}.safetensors"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+) -> None:
+    """Write the checkpoint after `step` optimiser steps and remove all but the last two."""
+    tensors = {f"parameter/{name}": p for name, p in parameters.items()}
+    for name, p in parameters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = value
+    write_tensors(checkpoint_path(folder, step), tensors, {**state, "step": step})
+    for old in sorted(folder.glob("step-*.safetensors"))[:-_KEEP]:
+        old.unlink()
+
+
+def load_checkpoint(
+    folder: Path, parameters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict | None:
+    """Put the newest checkpoint's values into the parameters and the optimiser; returns its state, None without one.
+
+    Raises:
+        UserError: when the newest checkpoint is damaged or belongs to other parameters.
+    """
+    files = sorted(folder.glob("step-*.safetensors"))
+    if not files:
+        return None
+    tensors, state = read_tensors(files[-1])
+    saved = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
+    if saved != set(parameters):
+        raise UserError(
+            f"checkpoint {files[-1]} holds other parameters than this stage trains "
+            f"(for example {sorted(saved ^ set(parameters))[0]!r}); resume with the recipe that wrote it"
+        )
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"parameter/{name}"])
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, slot, name = key.split("/", 2)
+            p = parameters[name]
+            optimizer.state[p][slot] = value if slot == "step" else value.to(p.device)
+    return state

@@ -1,0 +1,58 @@
+"""The settings that every training stage has; a stage's own settings extend them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from linearize.schema import Count, Strict
+
+
+class TrainingConfig(Strict):
+    """Settings of the training loop. Sizes are counted over all processes."""
+
+    type: str = Field(description="Which stage: the name of a file in linearize/stages, or module:Class.")
+    tokens: Count = Field(gt=0, description="Training tokens of this stage, for example 20M.")
+    batch_size: int = Field(8, gt=0, description="Sequences per optimiser step.")
+    micro_batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="Sequences per forward pass and device; the rest is accumulated. Default: batch_size.",
+    )
+    seq_len: int | None = Field(None, gt=0, description="Tokens per sequence. Default: data.seq_len.")
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant", "plateau"] = Field(
+        "cosine",
+        description="Decay after warm-up; plateau multiplies by 0.1 when the mean loss stops falling.",
+    )
+    warmup: float = Field(
+        0.02, ge=0, lt=1, description="Share of the steps in which lr rises linearly from 0."
+    )
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="Last learning rate of a decay, as a share of lr."
+    )
+    plateau_patience: Count = Field(
+        50, gt=0, description="Optimiser steps per window whose mean loss the plateau schedule compares."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays.")
+    clip: float | None = Field(
+        1.0, gt=0, description="Largest norm of the whole gradient; null clips nothing."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Compute precision; auto is bf16 autocast on GPUs and fp32 on CPUs. Weights train in fp32.",
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    checkpoint_every: int = Field(100, gt=0, description="Optimiser steps between resumable checkpoints.")
+    log_every: int = Field(1, gt=0, description="Optimiser steps between lines in metrics.jsonl.")
+    seed: int = Field(0, description="Seed of the data order and of dropout.")
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> TrainingConfig:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self

@@ -1,0 +1,49 @@
+"""AdamW groups and learning-rate schedules, as functions of the step so that a resumed run continues exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from linearize.training.config import TrainingConfig
+
+
+def adamw(groups: list[dict], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over parameter groups; each group carries `lr_scale`, its factor on the scheduled learning rate."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def decay(config: TrainingConfig, step: int, steps: int) -> float:
+    """Factor on lr at `step` of `steps` (0-based): warm-up, then the schedule. The plateau factor comes on top."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule in {"constant", "plateau"}:
+        return 1.0
+    done = (step - warmup) / max(1, steps - warmup)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+@dataclass
+class Plateau:
+    """Multiplies by 0.1 each time a window's mean loss is not below the best window so far."""
+
+    window: int
+    factor: float = 1.0
+    best: float = math.inf
+    losses: list[float] = field(default_factory=list)
+
+    def update(self, loss: float) -> None:
+        """Take one step's loss."""
+        self.losses.append(loss)
+        if len(self.losses) < self.window:
+            return
+        mean = sum(self.losses) / len(self.losses)
+        self.losses = []
+        if mean < self.best:
+            self.best = mean
+        else:
+            self.factor *= 0.1
