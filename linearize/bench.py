@@ -1,0 +1,292 @@
+"""Speed and memory of a converted model against its softmax teacher, in one run on one machine.
+
+`bench(student)` times both paths of the same weights in turn: the mixers, and the source model's attention in
+`linearize.swap.teacher_path`. `random_model("llama-3-8b", "lolcats")` makes a model to time, on the spot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from linearize.errors import UserError, did_you_mean, disk_full
+from linearize.evals.table import NOTHING, grid
+from linearize.evals.text import evaluating
+from linearize.hf.auto import linearized
+from linearize.hf.cache import StateLayer
+from linearize.memory import memory_method, out_of_memory, peak_bytes
+from linearize.swap import swapped, teacher_path
+
+OUT_OF_MEMORY = "out of memory"
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+}
+"""Configurations that `random_model` knows by name."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One path at one context length; medians over the repeats, None where memory ran out."""
+
+    path: str
+    """teacher or student."""
+    length: int
+    """Tokens of context, T: the length of the prefill, and what the decoded tokens look back on."""
+    prefill: float | None = None
+    """Tokens per second of one forward over B x T tokens."""
+    decode: float | None = None
+    """Tokens per second, all rows together, one token a forward with the cache that the prefill filled."""
+    cache_bytes: int | None = None
+    """Bytes of that cache after prefill and decoding, all rows together."""
+    peak_bytes: int | None = None
+    """Peak memory of prefill and decoding; `BenchReport.memory` says how it was measured."""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What was timed, and on what."""
+
+    speeds: list[Speed]
+    step_seconds: dict[str, float]
+    """Median seconds of one optimiser step by stage; empty when no step was given."""
+    settings: dict[str, Any]
+    memory: str
+    """How peak memory was measured."""
+
+    def at(self, path: str, length: int) -> Speed:
+        """The row of one path at one length."""
+        return next(speed for speed in self.speeds if (speed.path, speed.length) == (path, length))
+
+    def table(self) -> str:
+        """Teacher, student and student / teacher at each length."""
+        header = ["tokens", "path", "prefill tok/s", "decode tok/s", "cache MiB", "peak MiB"]
+        rows = []
+        for length in dict.fromkeys(speed.length for speed in self.speeds):
+            pair = [self.at(path, length) for path in ("teacher", "student")]
+            rows += [_row(speed) for speed in pair]
+            teacher, student = ([s.prefill, s.decode, s.cache_bytes, s.peak_bytes] for s in pair)
+            ratios = [b / a if a and b else None for a, b in zip(teacher, student, strict=True)]
+            rows.append(
+                [f"{length:,}", "student / teacher", *(NOTHING if r is None else f"{r:.3g}x" for r in ratios)]
+            )
+        lines = [grid(header, rows), "", ", ".join(f"{key} {value}" for key, value in self.settings.items())]
+        lines.append(f"peak: {self.memory}")
+        lines += [f"step of {stage}: {seconds:.3g} s" for stage, seconds in self.step_seconds.items()]
+        return "\n".join(lines)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report; folders are created."""
+        path = Path(path)
+        with disk_full(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+def bench(
+    student: Any,
+    teacher: Any | None = None,
+    *,
+    lengths: Sequence[int] = (512, 2048, 8192),
+    batch_size: int = 1,
+    decode_tokens: int = 32,
+    repeats: int = 3,
+    steps: dict[str, Callable[[], object]] | None = None,
+    seed: int = 0,
+) -> BenchReport:
+    """Time prefill and decoding of teacher and student, interleaved so that both see the same machine.
+
+    Args:
+        student: a converted model, on the device and in the data type to be timed.
+        teacher: another model; when None the student's own softmax path, on the same weights.
+        lengths: context lengths in tokens.
+        batch_size: rows, B.
+        decode_tokens: tokens decoded greedily after each prefill.
+        repeats: timed runs of each path, after one run that is not timed and measures memory.
+        steps: name of a training stage -> function that does one optimiser step of it.
+        seed: of the random token ids.
+
+    A length that does not fit into memory gives a row that says so.
+    """
+    if teacher is None and not swapped(student):
+        raise UserError(
+            "the model to time has no swapped layers, so that it is its own teacher; give a converted model"
+        )
+    device = student.device
+    paths: dict[str, tuple[Any, Callable[[], AbstractContextManager]]] = {
+        "teacher": (student, lambda: teacher_path(student)) if teacher is None else (teacher, nullcontext),
+        "student": (student, nullcontext),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    speeds = []
+    for length in lengths:
+        ids = torch.randint(student.config.vocab_size, (batch_size, length), generator=generator).to(device)
+        runs: dict[str, list[tuple[float, float, int]]] = {path: [] for path in paths}
+        peaks: dict[str, int] = {}
+        for repeat in range(repeats + 1):
+            for path, (model, context) in paths.items():
+                if repeat and path not in peaks:
+                    continue
+                with context(), out_of_memory() as memory_error:
+                    if repeat == 0:
+                        peaks[path] = peak_bytes(partial(_generate, model, ids, decode_tokens), device)
+                    else:
+                        runs[path].append(_generate(model, ids, decode_tokens))
+                if memory_error:
+                    peaks.pop(path, None)
+        for path in paths:
+            speeds.append(_speed(path, length, batch_size, decode_tokens, runs[path], peaks.get(path)))
+    settings = {
+        "batch": batch_size,
+        "decode tokens": decode_tokens,
+        "repeats": repeats,
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "device": _device_name(device),
+        "torch": torch.__version__,
+    }
+    timed = {name: time_step(step, device=device, repeats=repeats) for name, step in (steps or {}).items()}
+    return BenchReport(speeds, timed, settings, memory_method(device))
+
+
+def time_step(step: Callable[[], object], *, device: torch.device, repeats: int = 3) -> float:
+    """Median seconds of `step()`, after one call that is not timed."""
+    step()
+    seconds = []
+    for _ in range(repeats):
+        began = _now(device)
+        step()
+        seconds.append(_now(device) - began)
+    return statistics.median(seconds)
+
+
+def random_model(
+    shape: str,
+    mixer: str | dict[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Any:
+    """A model with random weights, made on `device`, with every layer swapped.
+
+    Args:
+        shape: a name in `SHAPES`, or a folder or config.json of any supported family.
+        mixer: recipe key of the mixer, or its settings with `type`.
+
+    Raises:
+        UserError: for an unknown shape, family or mixer.
+    """
+    config = _shape_config(shape)
+    settings = {"type": mixer} if isinstance(mixer, str) else dict(mixer)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        linearized(model, config.model_type, {"mixers": [settings], "layers": [0] * config.num_hidden_layers})
+    for name, attention in swapped(model).items():
+        attention.mixer.initialise(f"{name}.mixer", seed)
+    return model.eval()
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes that a cache keeps alive: the storages of its tensors, each counted once."""
+    trees = [layer.state if isinstance(layer, StateLayer) else vars(layer) for layer in cache.layers]
+    storages = [t.untyped_storage() for t in tree_leaves(trees) if isinstance(t, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _generate(model: Any, ids: torch.Tensor, decode_tokens: int) -> tuple[float, float, int]:
+    """Seconds of the prefill of ids [B, T] and of the decoding after it, and the bytes of the final cache."""
+    cache = DynamicCache(config=model.config)
+    with evaluating(model):
+        began = _now(ids.device)
+        token = _next(model, ids, cache)
+        filled = _now(ids.device)
+        for _ in range(decode_tokens):
+            token = _next(model, token, cache)
+        return filled - began, _now(ids.device) - filled, cache_bytes(cache)
+
+
+def _next(model: Any, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1:].argmax(-1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _speed(
+    path: str,
+    length: int,
+    batch: int,
+    decode_tokens: int,
+    runs: list[tuple[float, float, int]],
+    peak: int | None,
+) -> Speed:
+    if peak is None:
+        return Speed(path, length, error=OUT_OF_MEMORY)
+    prefill, decode, cache = (statistics.median(values) for values in zip(*runs, strict=True))
+    return Speed(path, length, batch * length / prefill, batch * decode_tokens / decode, int(cache), peak)
+
+
+def _row(speed: Speed) -> list[str]:
+    if speed.error:
+        return [f"{speed.length:,}", speed.path, speed.error, NOTHING, NOTHING, NOTHING]
+    mib = [
+        NOTHING if size is None else f"{size / 2**20:,.2f}" for size in (speed.cache_bytes, speed.peak_bytes)
+    ]
+    return [f"{speed.length:,}", speed.path, f"{speed.prefill:,.0f}", f"{speed.decode:,.1f}", *mib]
+
+
+def _shape_config(shape: str) -> Any:
+    if shape in SHAPES:
+        return AutoConfig.for_model(**SHAPES[shape])
+    if not Path(shape).exists():
+        raise UserError(
+            f"unknown shape {shape!r}{did_you_mean(shape, SHAPES)}; or give a folder or config.json"
+        )
+    return AutoConfig.from_pretrained(shape)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

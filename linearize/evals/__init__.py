@@ -1,0 +1,1 @@
+"""Measurements of a model: loss on text, synthetic recall, lm-evaluation-harness tasks, and their tables."""

@@ -1,0 +1,211 @@
+"""Evaluates a checkpoint on disk or on the hub, a converted one side by side with the model it came from.
+
+`evaluate("runs/my-model", tasks=["piqa"])` returns a `Report`: `print(report.table())` shows it, `to_json`
+keeps it. Between the stages of a conversion, use `linearize.evals.measure` on the live model instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from pydantic import ValidationError
+from transformers.utils import cached_file
+
+import linearize
+from linearize.data import DataConfig
+from linearize.errors import UserError, disk_full
+from linearize.evals.config import EvalConfig
+from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.table import side_by_side
+from linearize.hf.load import load
+from linearize.recipe import resolve_model
+from linearize.schema import user_error
+
+DEFAULT_LENGTH = 2048
+"""Context length for models without a recipe, where they have that many positions."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured on a checkpoint, with what is needed to measure it again."""
+
+    model: str
+    student: Measurement
+    teacher_model: str | None
+    teacher: Measurement | None
+    settings: dict[str, Any]
+    """The resolved `EvalConfig`, as plain data, and the text it was taken on."""
+    environment: dict[str, str]
+    """Versions, device and data type."""
+
+    def table(self) -> str:
+        """Metrics as rows; teacher, student and difference as columns."""
+        names = [f"student: {self.model}" if self.teacher else f"model: {self.model}"]
+        names += [f"teacher: {self.teacher_model}"] if self.teacher else []
+        return "\n".join(names) + "\n\n" + side_by_side(self.student, self.teacher)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report; folders are created."""
+        path = Path(path)
+        with disk_full(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Report:
+        """Read what `to_json` wrote."""
+        values = json.loads(Path(path).read_text())
+        teacher = values["teacher"]
+        return cls(
+            **{
+                **values,
+                "student": Measurement.from_dict(values["student"]),
+                "teacher": None if teacher is None else Measurement.from_dict(teacher),
+            }
+        )
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    teacher: str | Path | bool | None = None,
+    tasks: Sequence[str] = (),
+    text: str | None = None,
+    split: str | None = None,
+    lengths: Sequence[int] | None = None,
+    windows: int = 64,
+    recall: bool | Sequence[tuple[int, int]] = True,
+    recall_items: int = 32,
+    branches: bool = True,
+    sample_prompt: str | None = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 4,
+    output: str | Path | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> Report:
+    """Measure a checkpoint, and the model it was converted from with the same text and questions.
+
+    Args:
+        path: folder or hub name of a converted checkpoint or of any causal LM.
+        teacher: model to compare with. Default: `model.name` of the checkpoint's recipe.yaml; False for none.
+        tasks: lm-evaluation-harness tasks.
+        text: "demo", a file or a hub dataset. Default: the text of the checkpoint's recipe, else "demo".
+        split: split of that source. Default: that of the recipe, else "dev".
+        lengths: context lengths of the loss. Default: the training length and twice that.
+        windows: windows of text per length, evenly spaced.
+        recall: cases [(facts, tokens in between)], True for the usual ones, False for none.
+        recall_items: questions per case.
+        branches: also take the losses with each branch of the mixers off.
+        sample_prompt: a prompt to continue greedily.
+        include_path: folder with lm-eval task files of your own.
+        limit: examples per lm-eval task.
+        batch_size: rows per forward.
+        output: JSON file for the report.
+        dtype: data type of the weights, such as float32; "auto" is the checkpoint's.
+        device: where to run. Default: a GPU if there is one.
+
+    Raises:
+        UserError: when a model, text or task cannot be read, or a setting does not fit.
+    """
+    name = str(path)
+    recipe = _recipe(name)
+    if teacher is None or teacher is True:
+        source = recipe.get("model", {}).get("name")
+        if source is None and (teacher or recipe):
+            raise UserError(f"{name} has no recipe.yaml that names its source model; give `teacher` by name")
+        teacher = source
+    data = DataConfig.model_validate(recipe["data"]) if "data" in recipe else None
+    told = recipe.get("evaluation") or {}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(resolve_model(name), dtype=dtype, device=device)
+    config = _config(
+        text=text or told.get("text"),
+        split=split or told.get("split", "dev"),
+        lengths=list(lengths or _lengths(data, model.config)),
+        windows=windows,
+        recall=recall if isinstance(recall, bool) else list(recall),
+        recall_items=recall_items,
+        branches=branches,
+        tasks=list(tasks),
+        sample_prompt=sample_prompt,
+        batch_size=batch_size,
+    )
+    token_ids = eval_tokens(config, tokenizer, data)
+    take = partial(
+        measure,
+        config=config,
+        token_ids=token_ids,
+        seq_len=config.lengths[0],
+        include_path=None if include_path is None else str(include_path),
+        limit=limit,
+    )
+    environment = _environment(model)
+    student_measurement = take(model, tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    del model
+    teacher_measurement = None
+    if teacher:
+        model, tokenizer = load(resolve_model(str(teacher)), dtype=dtype, device=device)
+        if tokenizer.get_vocab() != vocabulary:
+            raise UserError(
+                f"{teacher} and {name} have different tokenizers, their losses per token cannot be compared; "
+                "choose another `teacher` or teacher=False"
+            )
+        teacher_measurement = take(model, tokenizer)
+    report = Report(
+        model=name,
+        student=student_measurement,
+        teacher_model=str(teacher) if teacher else None,
+        teacher=teacher_measurement,
+        settings={**config.model_dump(mode="json"), "limit": limit, "text_tokens": len(token_ids)},
+        environment=environment,
+    )
+    if output is not None:
+        report.to_json(output)
+    return report
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """The recipe.yaml that lies beside a converted checkpoint's weights; empty for other models."""
+    if Path(name).is_dir():
+        file = Path(name) / "recipe.yaml"
+        return yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if "/" not in name:
+        return {}
+    found = cached_file(name, "recipe.yaml", _raise_exceptions_for_missing_entries=False)
+    return yaml.safe_load(Path(found).read_text()) if found else {}
+
+
+def _config(**values: Any) -> EvalConfig:
+    try:
+        return EvalConfig.model_validate(values)
+    except ValidationError as error:
+        raise user_error(error, "", EvalConfig.model_fields) from None
+
+
+def _lengths(data: DataConfig | None, config: Any) -> list[int]:
+    if data is not None:
+        return [data.seq_len, 2 * data.seq_len]
+    return [min(DEFAULT_LENGTH, getattr(config, "max_position_embeddings", DEFAULT_LENGTH))]
+
+
+def _environment(model: Any) -> dict[str, str]:
+    packages = (linearize, torch, transformers)
+    return {
+        **{package.__name__: str(package.__version__) for package in packages},
+        "python": platform.python_version(),
+        "device": str(model.device),
+        "dtype": str(model.dtype),
+    }

@@ -1,0 +1,173 @@
+"""Measures a model in memory, as the pipeline does between stages and `evaluate` does with a checkpoint.
+
+`measure(model, tokenizer, config, token_ids=..., seq_len=...)` gives a `Measurement`, plain data that goes to
+JSON and back. Put the call inside `linearize.swap.teacher_path(model)` to measure the source model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize.data import DataConfig, read_tokens
+from linearize.errors import UserError
+from linearize.evals.config import EvalConfig
+from linearize.evals.lm_harness import lm_eval_tasks
+from linearize.evals.recall_score import CASES, RecallScore, generate_greedily, padding_id, recall
+from linearize.evals.text import BranchLoss, TextLoss, branch_losses, loss_on_text
+
+TEXT_TOKENS = 2_000_000
+"""Tokens of evaluation text that are read at most; windows are spread over them."""
+MAIN_METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity", "f1", "mcc")
+
+
+@dataclass
+class Measurement:
+    """Everything measured on one model at one point."""
+
+    losses: list[TextLoss] = field(default_factory=list)
+    branches: list[BranchLoss] = field(default_factory=list)
+    recall: list[RecallScore] = field(default_factory=list)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    """{task: {metric: value}} from the lm-evaluation-harness."""
+    prompt: str | None = None
+    sample: str | None = None
+    """What the model wrote after `prompt`, greedily."""
+    tokens: int = 0
+    """Training tokens used up to this point."""
+    seconds: float = 0.0
+    """Wall-clock seconds of training up to this point."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know to read the numbers right."""
+
+    def loss(self, length: int) -> float | None:
+        """Nats per token at `length`, None if not measured."""
+        return next((point.loss for point in self.losses if point.length == length), None)
+
+    def position_loss(self, length: int, first: int, end: int) -> float | None:
+        """Nats per token at positions first <= p < end of windows of `length`, None if not measured."""
+        buckets = (bucket for point in self.losses if point.length == length for bucket in point.by_position)
+        return next((loss for a, b, loss in buckets if (a, b) == (first, end)), None)
+
+    def branch_loss(self, branch: str, length: int) -> float | None:
+        """Nats per token with `branch` off, None if not measured."""
+        return next((b.loss for b in self.branches if (b.branch, b.length) == (branch, length)), None)
+
+    def recall_rate(self, facts: int, distance: int) -> float | None:
+        """Share of right answers, None if not measured."""
+        return next((r.exact_match for r in self.recall if (r.facts, r.distance) == (facts, distance)), None)
+
+    def main_metrics(self, task: str) -> list[str]:
+        """The metric of `task` that tables show; all of them if it has none of the usual ones."""
+        metrics = [name for name in self.tasks[task] if not name.endswith("_stderr")]
+        return next(([name] for name in MAIN_METRICS if name in metrics), metrics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Measurement:
+        """The inverse of `to_dict`, also after a trip through JSON."""
+        losses = [
+            TextLoss(**{**point, "by_position": tuple((a, b, loss) for a, b, loss in point["by_position"])})
+            for point in values["losses"]
+        ]
+        branches = [BranchLoss(**loss) for loss in values["branches"]]
+        scores = [RecallScore(**score) for score in values["recall"]]
+        return cls(**{**values, "losses": losses, "branches": branches, "recall": scores})
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    config: EvalConfig,
+    *,
+    token_ids: torch.Tensor,
+    seq_len: int,
+    include_path: str | None = None,
+    limit: int | None = None,
+) -> Measurement:
+    """Take the measurements that `config` asks for.
+
+    Args:
+        model: a causal LM; training mode and weights are as before afterwards.
+        token_ids: [N] held-out text: the losses are taken on it, and it fills the recall prompts.
+        seq_len: the training length, for `config.lengths` left empty.
+        include_path: folder with lm-eval task files.
+        limit: examples per lm-eval task.
+    """
+    lengths = list(config.lengths) or [seq_len]
+    scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.batch_size}
+    result = Measurement(notes=_length_notes(model, lengths))
+    result.losses = [loss_on_text(model, token_ids, length=length, **scoring) for length in lengths]
+    if config.branches:
+        result.branches = branch_losses(model, token_ids, lengths=lengths, **scoring)
+    if config.recall:
+        cases = CASES if config.recall is True else config.recall
+        result.recall = recall(
+            model,
+            tokenizer,
+            token_ids,
+            cases,
+            items_per_case=config.recall_items,
+            batch_size=config.batch_size,
+        )
+        result.notes += [
+            f"recall of {r.facts} fact(s) over {r.distance} tokens was not asked: {r.skipped}"
+            for r in result.recall
+            if r.skipped
+        ]
+    if config.tasks:
+        result.tasks = lm_eval_tasks(
+            model,
+            tokenizer,
+            config.tasks,
+            include_path=include_path,
+            limit=limit,
+            batch_size=config.batch_size,
+        )
+    if config.sample_prompt is not None:
+        result.prompt = config.sample_prompt
+        result.sample = continuation(model, tokenizer, config.sample_prompt, config.sample_tokens)
+    return result
+
+
+def eval_tokens(config: EvalConfig, tokenizer: Any, data: DataConfig | None = None) -> torch.Tensor:
+    """Token ids [N] of the held-out text, at most `TEXT_TOKENS`; every document ends with end-of-sequence.
+
+    Args:
+        config: names the text and its split; a single file is read whole, whatever the split.
+        data: the training data, whose source is the default; the demo text when None.
+
+    Raises:
+        UserError: when the text cannot be read, or the training source has no such split.
+    """
+    if config.text or data is None:
+        source = config.text or "demo"
+        split = "train" if Path(source).expanduser().is_file() else config.split
+        return read_tokens(source, tokenizer, split, max_tokens=TEXT_TOKENS)
+    try:
+        return read_tokens(data.source, tokenizer, config.split, name=data.name, max_tokens=TEXT_TOKENS)
+    except UserError as error:
+        raise UserError(f"no evaluation text: {error}. Set evaluation.text, for example to demo") from error
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """What `model` writes greedily after `prompt`, at most `tokens` tokens."""
+    ids = tokenizer(prompt)["input_ids"]
+    (answer,) = generate_greedily(model, [ids], tokens=tokens, pad=padding_id(tokenizer))
+    return tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def _length_notes(model: Any, lengths: list[int]) -> list[str]:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    beyond = [length for length in lengths if limit is not None and length > limit]
+    return [
+        f"length {length} is beyond the {limit} positions the source model was trained for"
+        for length in beyond
+    ]

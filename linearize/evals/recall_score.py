@@ -1,0 +1,134 @@
+"""Scores synthetic recall: does the model still know a number that it read some hundred tokens ago?
+
+`recall(model, tokenizer, filler)` asks the questions that `linearize.evals.recall` writes, decodes greedily
+through the cache, and compares the digits. Loss on text hardly notices when this ability is lost, so it is
+reported beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from linearize.evals.recall import RecallItem, make_prompt
+from linearize.evals.text import evaluating
+
+CASES: tuple[tuple[int, int], ...] = ((1, 200), (1, 900), (1, 1800), (4, 1700), (8, 1500))
+"""(facts, tokens between the facts and the question) that are asked when nothing else is said."""
+
+
+@dataclass(frozen=True)
+class RecallScore:
+    """Result of one case."""
+
+    facts: int
+    distance: int
+    """Tokens between fact and question."""
+    exact_match: float | None
+    """Share of answers whose digits are all right; None when the case was skipped."""
+    n: int
+    """Questions asked."""
+    low: float | None = None
+    """Lower end of the 95% Wilson interval of `exact_match`."""
+    high: float | None = None
+    """Its upper end."""
+    skipped: str | None = None
+    """Why the case was not asked."""
+
+
+def recall(
+    model: Any,
+    tokenizer: Any,
+    filler_tokens: torch.Tensor | Sequence[int],
+    cases: Sequence[tuple[int, int]] = CASES,
+    *,
+    items_per_case: int = 32,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> list[RecallScore]:
+    """Ask `items_per_case` questions for each (facts, distance) of `cases`.
+
+    A case whose prompts do not fit into the model's `max_position_embeddings` is skipped, and its row says
+    so. The questions depend on `seed` and the case alone.
+
+    Args:
+        filler_tokens: [N] ordinary text in which the facts are hidden.
+    """
+    filler = torch.as_tensor(filler_tokens).tolist()
+    limit = getattr(model.config, "max_position_embeddings", None)
+    scores = []
+    for facts, distance in cases:
+        rng = random.Random(f"{seed}:{facts}:{distance}")
+        items = [make_prompt(tokenizer, filler, facts, distance, rng) for _ in range(items_per_case)]
+        needed = max(len(item.input_ids) + len(item.answer_ids) for item in items)
+        if limit is not None and needed > limit:
+            reason = f"needs {needed} tokens of context, the model has {limit}"
+            scores.append(RecallScore(facts, distance, None, 0, skipped=reason))
+            continue
+        right = sum(
+            _count_right(model, tokenizer, items[i : i + batch_size])
+            for i in range(0, len(items), batch_size)
+        )
+        low, high = wilson(right, len(items))
+        scores.append(RecallScore(facts, distance, right / len(items), len(items), low, high))
+    return scores
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a proportion; z = 1.96 for 95% (Wilson 1927)."""
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def generate_greedily(
+    model: Any, prompts: Sequence[Sequence[int]], *, tokens: int, pad: int
+) -> list[list[int]]:
+    """Greedy continuations of `tokens` tokens each; prompts of different lengths are padded on the left."""
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    with evaluating(model):
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,  # some checkpoints' generation_config.json says no
+            pad_token_id=pad,
+        )
+    return output[:, width:].tolist()
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The tokenizer's padding token, else its end-of-text token, else 0; the attention mask hides it."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in ids if token is not None)
+
+
+def _count_right(model: Any, tokenizer: Any, items: Sequence[RecallItem]) -> int:
+    longest = max(len(item.answer_ids) for item in items)
+    answers = generate_greedily(
+        model, [item.input_ids for item in items], tokens=longest, pad=padding_id(tokenizer)
+    )
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    return sum(_digits(text) == item.number for text, item in zip(texts, items, strict=True))
+
+
+def _digits(answer: str) -> str | None:
+    """The number an answer begins with; all digits count, so that a longer number is not a match."""
+    found = re.match(r"\s*(\d+)", answer)
+    return found.group(1) if found else None

@@ -1,0 +1,120 @@
+"""Plain-text tables of measurements; they are valid Markdown too, so that a model card can show them.
+
+`comparison_table` has one row per point of a conversion (teacher, untrained, after each stage),
+`side_by_side` one row per metric with teacher, student and their difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from linearize.evals.measure import Measurement
+
+NOTHING = "–"
+
+
+def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
+    """One table with a row per (name, measurement), then the samples they generated.
+
+    Columns: loss at each length, its gap to the point called "teacher" if there is one, the loss with each
+    branch off, the recall cases, trained tokens and seconds so far.
+    """
+    teacher = dict(points).get("teacher")
+    lengths = _union(point.length for _, m in points for point in m.losses)
+    branches = _union((loss.branch, loss.length) for _, m in points for loss in m.branches)
+    cases = _union((score.facts, score.distance) for _, m in points for score in m.recall)
+    tasks = _union((task, metric) for _, m in points for task in m.tasks for metric in m.main_metrics(task))
+    header = ["", *(name for length in lengths for name in (f"loss {length}", "gap"))]
+    header += [f"{branch} off {length}" for branch, length in branches]
+    header += [_case_name(case) for case in cases] + [f"{task} {metric}" for task, metric in tasks]
+    header += ["tokens", "seconds"]
+    rows = []
+    for name, m in points:
+        row = [name]
+        for length in lengths:
+            gap = None if teacher is None or m is teacher else _minus(m.loss(length), teacher.loss(length))
+            row += [_number(m.loss(length)), _number(gap, sign="+")]
+        row += [_number(m.branch_loss(branch, length)) for branch, length in branches]
+        row += [_percent(m.recall_rate(*case)) for case in cases]
+        row += [_number(m.tasks.get(task, {}).get(metric)) for task, metric in tasks]
+        rows.append([*row, f"{m.tokens:,}", f"{m.seconds:,.0f}"])
+    return grid(header, rows) + _samples(points) + _notes(points)
+
+
+def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
+    """One row per metric, columns teacher, student, difference; the rows with a branch off come last."""
+    columns = [m for m in (teacher, student) if m is not None]
+    header = ["", "teacher", "student", "difference"] if teacher else ["", "model"]
+
+    def row(name: str, values: list[float | None]) -> list[str]:
+        cells = [name, *(_number(value) for value in values)]
+        return [*cells, _number(_minus(values[1], values[0]), sign="+")] if teacher else cells
+
+    rows = [
+        row(f"loss {length}", [m.loss(length) for m in columns])
+        for length in _union(p.length for p in student.losses)
+    ]
+    for point in student.losses:
+        for first, end, _ in point.by_position:
+            values = [m.position_loss(point.length, first, end) for m in columns]
+            rows.append(row(f"loss {point.length}, positions {first}-{end - 1}", values))
+    for score in student.recall:
+        case = (score.facts, score.distance)
+        rows.append(row(f"recall {_case_name(case)}", [m.recall_rate(*case) for m in columns]))
+    for task in student.tasks:
+        for metric in student.main_metrics(task):
+            rows.append(row(f"{task} {metric}", [m.tasks.get(task, {}).get(metric) for m in columns]))
+    for loss in student.branches:
+        values = [m.loss(loss.length) for m in columns[:-1]] + [loss.loss]
+        rows.append(row(f"loss {loss.length}, {loss.branch} off", values))
+    points = [("teacher", teacher), ("student", student)] if teacher else [("model", student)]
+    named = [(name, m) for name, m in points if m is not None]
+    return grid(header, rows) + _samples(named) + _notes(named)
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    widths = [max(3, *(len(line[i]) for line in (header, *rows))) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(cells))
+        return f"| {' | '.join([first, *others])} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(header), f"|{rule}|", *(line(row) for row in rows)])
+
+
+def _samples(points: Sequence[tuple[str, Measurement]]) -> str:
+    told = [(name, m) for name, m in points if m.sample is not None]
+    if not told:
+        return ""
+    width = max(len(name) for name, _ in told)
+    lines = [f"{name:<{width}}  {' '.join((m.sample or '').split())}" for name, m in told]
+    return "\n\n" + "\n".join([f"Continuations of {told[0][1].prompt!r}:", *lines])
+
+
+def _notes(points: Sequence[tuple[str, Measurement]]) -> str:
+    notes = _union(note for _, m in points for note in m.notes)
+    return "".join(f"\n\nNote: {note}" for note in notes)
+
+
+def _case_name(case: tuple[int, int]) -> str:
+    facts, distance = case
+    return f"{facts} fact{'s' if facts > 1 else ''}/{distance}"
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return NOTHING if value is None else f"{value:{sign}.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.0%}"
+
+
+def _union(values: object) -> list:
+    """Distinct values in order of appearance."""
+    return list(dict.fromkeys(values))  # type: ignore[call-overload]

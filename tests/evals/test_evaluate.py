@@ -1,0 +1,67 @@
+"""Evaluating checkpoints from disk: teacher from the recipe, the report and its files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from linearize.errors import UserError
+from linearize.evals.evaluate import Report, evaluate
+from linearize.evals.text import loss_on_text
+
+QUICK = {"windows": 2, "recall": [(1, 30)], "recall_items": 2}
+
+
+@pytest.fixture
+def folders(converted, pico_model, pico_tokenizer, tmp_path):
+    """A converted checkpoint, the model it comes from, and 600 characters of text."""
+    source, student, text = tmp_path / "source", tmp_path / "student", tmp_path / "held.jsonl"
+    text.write_text(json.dumps({"text": "".join(chr(97 + i * i % 26) for i in range(600))}) + "\n")
+    for folder, model in ((source, pico_model()), (student, converted("lolcats"))):
+        model.save_pretrained(folder)
+        pico_tokenizer.save_pretrained(folder)
+    recipe = f"model: {{name: {source}}}\ndata: {{seq_len: 64}}\nevaluation: {{text: {text}}}\n"
+    (student / "recipe.yaml").write_text(recipe)
+    return source, student, text
+
+
+def test_a_converted_checkpoint_is_compared_with_its_source(folders, tmp_path, converted, pico_model):
+    source, student, _ = folders
+    report = evaluate(student, output=tmp_path / "new" / "report.json", device="cpu", **QUICK)
+    assert report.teacher_model == str(source)
+    assert [point.length for point in report.student.losses] == [64, 128]
+    ids = read(folders)
+    assert report.student.loss(128) == loss_on_text(converted("lolcats"), ids, length=128, windows=2).loss
+    assert report.teacher.loss(128) == loss_on_text(pico_model(), ids, length=128, windows=2).loss
+    assert {b.branch for b in report.student.branches} == {"linear", "window"}
+    assert Report.from_json(tmp_path / "new" / "report.json") == report
+    difference = report.student.loss(128) - report.teacher.loss(128)
+    row = next(line for line in report.table().splitlines() if line.startswith("| loss 128 "))
+    assert row.split("|")[-2].strip() == f"{difference:+.3f}"
+
+
+def read(folders):
+    from linearize.data import read_tokens
+    from linearize.hf.load import load
+
+    return read_tokens(str(folders[2]), load(folders[1])[1])
+
+
+def test_without_a_teacher_and_for_any_model(folders):
+    source, student, text = folders
+    alone = evaluate(student, teacher=False, lengths=[32], device="cpu", **QUICK)
+    assert alone.teacher is None and "difference" not in alone.table()
+    plain = evaluate(source, text=str(text), lengths=[32], device="cpu", **QUICK)
+    assert plain.teacher is None and plain.student.branches == []
+
+
+def test_a_teacher_that_nobody_names_is_an_error(folders):
+    source, _, text = folders
+    with pytest.raises(UserError, match=r"no recipe\.yaml that names its source model"):
+        evaluate(source, teacher=True, text=str(text), device="cpu")
+
+
+def test_settings_that_do_not_fit_name_the_key(folders):
+    with pytest.raises(UserError, match="windows"):
+        evaluate(folders[1], teacher=False, windows=0, device="cpu")

@@ -1,0 +1,111 @@
+"""The benchmark: what it reports, out-of-memory rows, cache bytes and models with random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from linearize import bench as module
+from linearize.bench import bench, cache_bytes, random_model, time_step
+from linearize.errors import UserError
+from linearize.memory import out_of_memory, peak_bytes
+from linearize.swap import swapped, teacher_path
+
+CPU = torch.device("cpu")
+
+
+def test_both_paths_are_timed_at_every_length(converted, tmp_path):
+    model = converted("lolcats")
+    report = bench(model, lengths=[32, 128], batch_size=2, decode_tokens=4, repeats=2)
+    assert [(s.path, s.length) for s in report.speeds] == [
+        (path, length) for length in (32, 128) for path in ("teacher", "student")
+    ]
+    assert all(s.prefill > 0 and s.decode > 0 and s.peak_bytes > 0 for s in report.speeds)
+    teacher, student = (
+        [report.at(path, n).cache_bytes for n in (32, 128)] for path in ("teacher", "student")
+    )
+    layers, kv_heads, dim, keys_and_values, float32, rows = 3, 2, 8, 2, 4, 2
+    assert teacher == [
+        layers * kv_heads * dim * keys_and_values * float32 * rows * (n + 4) for n in (32, 128)
+    ]
+    assert student[0] == student[1], "the state's size must not depend on the context"
+    assert not any(layer.teacher for layer in swapped(model).values())
+    report.to_json(tmp_path / "new" / "bench.json")
+    assert json.loads((tmp_path / "new" / "bench.json").read_text())["speeds"][0]["path"] == "teacher"
+    table = report.table()
+    assert table.count("student / teacher") == 2 and report.memory in table
+    assert f"{student[1] / teacher[1]:.3g}x" in table
+
+
+def test_cache_bytes_count_what_a_view_keeps_alive():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 100, 8), torch.zeros(1, 2, 100, 8), 0)
+    cache.layers[0].keys = cache.layers[0].keys[:, :, -1:]
+    assert cache_bytes(cache) == 2 * 100 * 8 * 4 * 2
+
+
+def test_a_length_that_does_not_fit_is_a_row(converted, monkeypatch):
+    model, real = converted("lolcats"), module._generate
+
+    def generate(model, ids, decode_tokens):
+        if ids.shape[1] > 32 and next(iter(swapped(model).values())).teacher:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, ids, decode_tokens)
+
+    monkeypatch.setattr(module, "_generate", generate)
+    report = bench(model, lengths=[32, 64], decode_tokens=2, repeats=1)
+    assert report.at("teacher", 64).error == "out of memory"
+    assert report.at("teacher", 32).error is None and report.at("student", 64).prefill > 0
+    assert "out of memory" in report.table()
+
+
+def test_other_errors_are_not_swallowed():
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory():
+        raise RuntimeError("shapes do not match")
+    with out_of_memory() as found:
+        torch.empty(2**50, dtype=torch.float64)
+    assert found
+
+
+def test_a_model_without_mixers_is_refused(pico_model):
+    with pytest.raises(UserError, match="no swapped layers"):
+        bench(pico_model(), lengths=[8])
+
+
+def test_peak_sees_memory_that_is_freed_again():
+    def use():
+        block = torch.ones(50 * 2**20 // 4)
+        for _ in range(8):
+            block.mul_(1.0)
+
+    before = peak_bytes(lambda: None, CPU)
+    assert peak_bytes(use, CPU) - before > 40 * 2**20
+
+
+def test_time_step_is_the_median(monkeypatch):
+    clock = iter([0.0, 1.0, 1.0, 6.0, 6.0, 8.0])
+    monkeypatch.setattr(module, "_now", lambda device: next(clock))
+    calls = []
+    assert time_step(lambda: calls.append(1), device=CPU, repeats=3) == 2.0
+    assert len(calls) == 4
+
+
+def test_random_model_from_a_config_is_swapped_and_initialised(pico_config, tmp_path):
+    pico_config().save_pretrained(tmp_path)
+    mixer = {"type": "lolcats", "window": 8}
+    model = random_model(str(tmp_path), mixer, dtype=torch.bfloat16)
+    assert len(swapped(model)) == 3 and model.dtype == torch.bfloat16
+    ids = torch.arange(40)[None]
+    logits = model(input_ids=ids).logits
+    assert logits.isfinite().all()
+    assert torch.equal(logits, random_model(str(tmp_path), mixer, dtype=torch.bfloat16)(input_ids=ids).logits)
+    with teacher_path(model):
+        assert not torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_unknown_shape_lists_the_known():
+    with pytest.raises(UserError, match=r"unknown shape 'llama-3-8'; did you mean 'llama-3-8b'\?"):
+        random_model("llama-3-8", "lolcats")
