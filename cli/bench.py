@@ -1,0 +1,74 @@
+"""Time prefill and decoding against softmax attention, with cache size and peak memory.
+
+Either a checkpoint, or a model with random weights of a known shape, which needs no download:
+
+  linearize bench --shape llama-3-8b --mixer lolcats --lengths 512,2048,8192
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from linearize.cli._arguments import dtype, numbers, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH", help="folder or hub name of a converted checkpoint"
+    )
+    parser.add_argument(
+        "--shape", metavar="NAME", help="instead of PATH: llama-3-8b, llama-3.2-1b, or a config.json"
+    )
+    parser.add_argument("--mixer", metavar="NAME", help="mixer of the random model (default: lolcats)")
+    parser.add_argument(
+        "--lengths",
+        type=numbers,
+        default=[512, 2048, 8192],
+        metavar="N,N",
+        help="tokens (default: 512,2048,8192)",
+    )
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="rows (default: 1)")
+    parser.add_argument("--decode-tokens", type=positive, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs (default: 3)")
+    parser.add_argument(
+        "--dtype",
+        metavar="NAME",
+        help="default: the checkpoint's; random models: bfloat16 on a GPU, else float32",
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="default: a GPU if there is one")
+    parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    from linearize.bench import bench
+    from linearize.errors import UserError
+
+    if (arguments.path is None) == (arguments.shape is None):
+        raise UserError("give either the PATH of a checkpoint or --shape for random weights")
+    if arguments.path and arguments.mixer:
+        raise UserError(f"--mixer goes with --shape; {arguments.path} has its own mixers")
+    report = bench(
+        _model(arguments),
+        lengths=arguments.lengths,
+        batch_size=arguments.batch_size,
+        decode_tokens=arguments.decode_tokens,
+        repeats=arguments.repeats,
+    )
+    print(report.table())
+    if arguments.output:
+        report.to_json(arguments.output)
+        print(f"\nreport written to {arguments.output}")
+
+
+def _model(arguments: argparse.Namespace) -> object:
+    from linearize import load
+    from linearize.bench import random_model
+    from linearize.pipeline import default_device
+
+    device = default_device(arguments.device)
+    if arguments.path:
+        return load(arguments.path, dtype=arguments.dtype or "auto", device=device)[0]
+    chosen = arguments.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    return random_model(arguments.shape, arguments.mixer or "lolcats", device=device, dtype=dtype(chosen))

@@ -1,0 +1,55 @@
+"""Measure a checkpoint side by side with the model it was converted from.
+
+Losses on held-out text by length and position, the same with each branch of the mixers switched off, recall
+of facts, and tasks of the lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from linearize.cli._arguments import names, numbers, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments; those not given take the defaults of `linearize.evaluate`."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("path", metavar="PATH", help="folder or hub name of a checkpoint, or a model alias")
+    parser.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help="model to compare with, or none (default: the one it was converted from)",
+    )
+    parser.add_argument("--tasks", type=names, metavar="A,B", help="lm-evaluation-harness tasks")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with lm-evaluation-harness task files")
+    parser.add_argument("--limit", type=positive, metavar="N", help="examples per task")
+    parser.add_argument("--text", metavar="SOURCE", help="held-out text: demo, a file or a hub dataset")
+    parser.add_argument("--split", metavar="NAME", help="split of that text")
+    parser.add_argument(
+        "--lengths", type=numbers, metavar="N,N", help="context lengths of the loss in tokens"
+    )
+    parser.add_argument("--windows", type=positive, metavar="N", help="windows of text per length")
+    parser.add_argument("--no-recall", dest="recall", action="store_false", help="ask no recall questions")
+    parser.add_argument("--recall-items", type=positive, metavar="N", help="questions per recall case")
+    parser.add_argument(
+        "--no-branches", dest="branches", action="store_false", help="do not switch branches off"
+    )
+    parser.add_argument(
+        "--prompt", dest="sample_prompt", metavar="TEXT", help="a prompt to continue greedily"
+    )
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="rows per forward")
+    parser.add_argument("--dtype", metavar="NAME", help="type of the weights (default: the checkpoint's)")
+    parser.add_argument("--device", metavar="NAME", help="default: a GPU if there is one")
+    parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    from linearize import evaluate
+
+    options = vars(arguments)
+    if options.get("teacher") == "none":
+        options["teacher"] = False
+    print(evaluate(options.pop("path"), **options).table())
+    if "output" in options:
+        print(f"\nreport written to {options['output']}")

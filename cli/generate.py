@@ -1,0 +1,64 @@
+"""Continue a prompt with a checkpoint, token by token on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+
+from linearize.cli._arguments import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("path", metavar="PATH", help="folder or hub name of a checkpoint, or a model alias")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="sample at this temperature (default: 0, greedy)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    parser.add_argument(
+        "--teacher", action="store_true", help="use the source model's softmax attention on the same weights"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", metavar="NAME", help="type of the weights (default: the checkpoint's)"
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="default: a GPU if there is one")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    import torch
+    from transformers import TextStreamer
+
+    from linearize import load
+    from linearize.errors import UserError
+    from linearize.evals.recall_score import padding_id
+    from linearize.pipeline import default_device
+    from linearize.recipe import resolve_model
+    from linearize.swap import swapped, teacher_path
+
+    device = default_device(arguments.device)
+    model, tokenizer = load(resolve_model(arguments.path), dtype=arguments.dtype, device=device)
+    if arguments.teacher and not swapped(model):
+        raise UserError(f"{arguments.path} has no swapped layers, so --teacher changes nothing; leave it out")
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
+    if not inputs["input_ids"].numel():
+        raise UserError("--prompt has no tokens; give some text to continue")
+    options = {"do_sample": False}
+    if arguments.temperature > 0:
+        options = {"do_sample": True, "temperature": arguments.temperature}
+    torch.manual_seed(arguments.seed)
+    with teacher_path(model) if arguments.teacher else nullcontext():
+        model.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=arguments.max_new_tokens,
+            pad_token_id=padding_id(tokenizer),
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **options,
+        )

@@ -1,0 +1,112 @@
+"""Entry point of the `linearize` command: finds the command's file, runs it and turns errors into exit codes.
+
+Every file of this folder is a command, except this one and those that begin with an underscore. The docstring
+of a command is its help; it defines `add_arguments(parser)` and `run(arguments)`; torch is imported in `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import pkgutil
+import shlex
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from linearize import __version__
+from linearize.errors import UserError, did_you_mean
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s, so that all mistakes look alike."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` lists what is possible")
+
+
+def commands() -> list[str]:
+    """Names of the commands: the files of this folder."""
+    folder = importlib.import_module("linearize.cli").__path__
+    names = (module.name for module in pkgutil.iter_modules(folder))
+    return sorted(name for name in names if name != "main" and not name.startswith("_"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Returns:
+        The exit code: 0, 2 for a `UserError`, 130 when interrupted. Other exceptions keep their traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{_remedy(argv)}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if argv[0] == "--version":
+        print(f"linearize {__version__}")
+        return
+    name, *rest = argv
+    if name not in commands():
+        raise UserError(f"unknown command {name!r}{did_you_mean(name, commands())}")
+    command = _load(name)
+    parser = Parser(
+        prog=f"linearize {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(rest)
+    _show_log()
+    command.run(arguments)
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"linearize.cli.{name}")
+
+
+def _overview() -> str:
+    lines = ["usage: linearize COMMAND ...", ""]
+    lines += ["Turn a pretrained causal LM into a linear-attention or hybrid model.", ""]
+    for name in commands():
+        summary = (_load(name).__doc__ or "").partition("\n")[0]
+        lines.append(f"  {name:<10} {summary}")
+    lines += ["", "`linearize COMMAND --help` explains a command; `linearize --version` prints the version."]
+    return "\n".join(lines)
+
+
+def _remedy(argv: list[str]) -> str:
+    """How to go on after an interruption, for the command that can."""
+    if argv[:1] != ["convert"]:
+        return ""
+    again = argv if "--resume" in argv else [*argv, "--resume"]
+    return f"; go on with: {shlex.join(['linearize', *again])}"
+
+
+def _show_log() -> None:
+    """Let the toolkit's own log, such as which backend `auto` took, reach the terminal."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("linearize")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Print what `convert` would do to each layer, from the model's configuration alone.
+
+No weights are loaded, and every error that the recipe can cause on this model shows here already.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from linearize.cli._arguments import add_recipe_arguments, load_recipe
+
+if TYPE_CHECKING:
+    from linearize.recipe import Recipe
+
+add_arguments = add_recipe_arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    show_plan(load_recipe(arguments))
+
+
+def show_plan(recipe: Recipe) -> None:
+    """Print the plan of a recipe."""
+    from linearize.pipeline import plan_of
+
+    print(plan_of(recipe))

@@ -1,0 +1,204 @@
+"""Writes docs/recipes.md, the reference of all recipe settings, from the schema itself; `make docs` runs it.
+
+Mixers and stages are found as recipes find them, so a new file of either appears without a change here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from linearize.data import DataConfig
+from linearize.evals.config import EvalConfig
+from linearize.mixers.base import Mixer
+from linearize.recipe import ALIASES, ExportConfig, ModelConfig, Recipe, available
+from linearize.registry import find, keys
+from linearize.schema import parse_count
+from linearize.stages.base import Stage
+from linearize.training.config import TrainingConfig
+
+PAGE = Path(__file__).parent / "recipes.md"
+Row = tuple[str, str, str, str]
+
+HEAD = """\
+<!-- Written by docs/build.py from the schema; run `make docs` instead of editing it. -->
+# Recipes
+
+A recipe is a YAML file that says everything a conversion does. `linearize convert --model NAME --recipe NAME`
+takes a shipped one, `--recipe mine.yaml` your own, and `key=value` arguments change single settings:
+`mixer.window=128`, `stages.0.tokens=2M`, `layers=LLLS`. Values are YAML. A key that does not exist is an
+error that names the closest one. The resolved recipe, with every default filled in, is written into the
+checkpoint as `recipe.yaml`; it reproduces the run.
+
+A *count* is a whole number that may have a unit: `20M`, `500k`, `1.5B`.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [HEAD, "## Shipped recipes\n", _shipped()]
+    parts += ["## Top level\n", _table(_model_rows(Recipe))]
+    sections = {"model": ModelConfig, "data": DataConfig, "evaluation": EvalConfig, "export": ExportConfig}
+    for name, section in sections.items():
+        parts += [f"## `{name}`\n", f"{_summary(section)}\n", _table(_model_rows(section))]
+    parts += [
+        "## `mixer`\n",
+        "`type` names the mixer, `module:Class` one of your own: see [adding a mixer](adding_a_mixer.md).\n",
+    ]
+    for key in keys("mixers"):
+        mixer = find("mixers", key, Mixer)  # type: ignore[type-abstract]
+        module = inspect.getmodule(mixer)
+        parts += [f"### `{key}`\n", f"{inspect.getdoc(module)}\n"]
+        parts += [_table(_dataclass_rows(mixer.Config))]
+    parts += [
+        "## `stages`\n",
+        "A list, run in order. `type` names the stage. All stages have these settings:\n",
+    ]
+    parts += [_table(_model_rows(TrainingConfig))]
+    for key in keys("stages"):
+        stage = find("stages", key, Stage)
+        parts += [f"### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(stage))}\n"]
+        parts += ["Its own settings, and defaults that differ:\n", _table(_own_rows(stage.Config))]
+    parts += ["## Model aliases\n", "Besides hub names and local folders, `model.name` takes `demo` and:\n"]
+    parts += [
+        "| alias | hub name |\n|---|---|\n" + "".join(f"| `{a}` | `{h}` |\n" for a, h in ALIASES.items())
+    ]
+    return "\n".join(parts)
+
+
+def _shipped() -> str:
+    lines = [
+        f"| `{name}` | {path.read_text().partition(chr(10))[0].lstrip('# ')} |"
+        for name, path in available().items()
+    ]
+    return "\n".join(["| name | what it is |", "|---|---|", *lines]) + "\n"
+
+
+def _table(rows: Iterable[Row]) -> str:
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _model_rows(model: type[BaseModel], prefix: str = "") -> list[Row]:
+    rows: list[Row] = []
+    for name, field in model.model_fields.items():
+        rows.append(
+            (prefix + name, _type(field.annotation, field), _default(field), _escape(_meaning(field)))
+        )
+        nested = [a for a in (field.annotation, *get_args(field.annotation)) if _is_model(a)]
+        if nested and model is not Recipe:
+            rows += _model_rows(nested[0], f"{prefix}{name}.")
+    return rows
+
+
+def _meaning(field: FieldInfo) -> str:
+    if field.description is None and _is_model(field.annotation):
+        return _summary(field.annotation)
+    return field.description or ""
+
+
+def _own_rows(config: type[TrainingConfig]) -> list[Row]:
+    shared = set(_model_rows(TrainingConfig))
+    return [row for row in _model_rows(config) if row not in shared and row[0] != "type"]
+
+
+def _dataclass_rows(config: type, prefix: str = "") -> list[Row]:
+    told, hints = _attribute_docs(config), get_type_hints(config)
+    rows: list[Row] = []
+    for field in dataclasses.fields(config):
+        nested = field.default_factory
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            rows += _dataclass_rows(nested, f"{prefix}{field.name}.")
+            continue
+        rows.append(
+            (
+                prefix + field.name,
+                _type(hints[field.name]),
+                _value(field.default),
+                _escape(told.get(field.name, "")),
+            )
+        )
+    return rows
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+    """The strings written under a class's attributes."""
+    tree = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for attribute, text in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(attribute, ast.AnnAssign)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            assert isinstance(attribute.target, ast.Name)
+            found[attribute.target.id] = " ".join(str(text.value.value).split())
+    return found
+
+
+def _type(annotation: Any, field: FieldInfo | None = None) -> str:
+    """What a user writes for a value of this type."""
+    marks = list(getattr(annotation, "__metadata__", ())) + (list(field.metadata) if field else [])
+    if any(isinstance(mark, BeforeValidator) and mark.func is parse_count for mark in marks):
+        return "count"
+    arguments = get_args(annotation)
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(argument, field if argument is int else None) for argument in arguments)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(_type(argument) for argument in arguments)}]"
+    if hasattr(annotation, "__metadata__"):
+        return _type(arguments[0])
+    if origin is dict or _is_model(annotation):
+        return "mapping"
+    return "null" if annotation is type(None) else str(annotation.__name__)
+
+
+def _is_model(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and issubclass(annotation, BaseModel)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is PydanticUndefined:
+        made = field.default_factory()  # type: ignore[call-arg, misc]
+        return "its own defaults" if isinstance(made, BaseModel) else _value(made)
+    return _value(field.default)
+
+
+def _value(value: Any) -> str:
+    if value is dataclasses.MISSING:
+        return "required"
+    plain = list(value) if isinstance(value, tuple) else value
+    return (
+        f"`{yaml.safe_dump(plain, default_flow_style=True).removesuffix(chr(10) + '...' + chr(10)).strip()}`"
+    )
+
+
+def _summary(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())

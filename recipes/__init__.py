@@ -1,0 +1,1 @@
+"""Recipes shipped with the toolkit, `<model>/<method>.yaml`; found by name through `importlib.resources`."""

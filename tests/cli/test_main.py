@@ -1,0 +1,116 @@
+"""The entry point: which commands exist, that help is quick, and what errors become."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from linearize.cli import convert as convert_command
+from linearize.cli import main as entry
+
+from linearize import __version__
+from linearize.errors import UserError
+
+COMMANDS = ["bench", "convert", "doctor", "evaluate", "generate", "plan", "recipes"]
+
+CHECK = """
+import sys, time
+from linearize.cli.main import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+heavy = {"torch", "transformers", "datasets", "pydantic", "numpy"} & set(sys.modules)
+assert code in (0, None) and not heavy, (code, heavy)
+assert time.process_time() < 1, time.process_time()
+"""
+
+
+def test_every_file_is_a_command() -> None:
+    folder = Path(entry.__file__).parent
+    files = {p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")}
+    assert entry.commands() == sorted(files - {"main"}) == COMMANDS
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], [], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=str
+)
+def test_help_takes_no_torch_and_less_than_a_second(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if arguments == ["--version"]:
+        assert done.stdout.strip() == f"linearize {__version__}"
+    elif arguments and arguments[0] in COMMANDS:
+        assert done.stdout.startswith(f"usage: linearize {arguments[0]}")
+    else:
+        assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "convrt --model demo",
+            "error: unknown command 'convrt'; did you mean 'convert'? known: bench, convert,",
+        ),
+        ("convert --modle demo", "error: unrecognized arguments: --modle"),
+        ("convert --mod demo", "error: unrecognized arguments: --mod"),
+        ("convert", "error: which model? give --model NAME"),
+        (
+            "generate somewhere",
+            "error: the following arguments are required: --prompt; `linearize generate --help`",
+        ),
+        ("bench --lengths 12,x", "error: argument --lengths: invalid list of positive numbers value: '12,x'"),
+        ("bench --batch-size 0 x", "error: argument --batch-size: invalid positive number value: '0'"),
+    ],
+)
+def test_mistakes_on_the_command_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(message) and printed.err.count("\n") == 1 and not printed.out
+
+
+def stop_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(convert_command, "run", run)
+
+
+def test_a_user_error_is_only_its_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_with(UserError("the disk is full"), monkeypatch)
+    assert entry.main(["convert"]) == 2
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), AssertionError("ours")])
+def test_other_errors_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_with(error, monkeypatch)
+    with pytest.raises(type(error), match="ours"):
+        entry.main(["convert"])
+
+
+@pytest.mark.parametrize("asked", ["", " --resume"])
+def test_an_interrupted_conversion_says_how_to_go_on(
+    asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_with(KeyboardInterrupt(), monkeypatch)
+    arguments = ["convert", "--model", "demo", "-o", "my folder", *asked.split()]
+    assert entry.main(arguments) == 130
+    command = "linearize convert --model demo -o 'my folder' --resume"
+    assert capsys.readouterr().err == f"\ninterrupted; go on with: {command}\n"
+
+
+def test_other_interruptions_have_nothing_to_resume(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from linearize.cli import doctor
+
+    monkeypatch.setattr(doctor, "run", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert entry.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"

@@ -1,0 +1,154 @@
+"""The plan: which layers, how many parameters and bytes (against arithmetic by hand), and what it prints."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from linearize.errors import UserError
+from linearize.plan import Plan, choose_layers, make_plan
+from linearize.recipe import Recipe
+from linearize.swap import swapped
+
+
+def llama_3_8b() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+def plan_8b(*overrides: str, recipe: str = "lolcats") -> Plan:
+    return make_plan(Recipe.load(recipe, "llama-3-8b", overrides), llama_3_8b())
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth", "chosen"),
+    [
+        ("all", 3, {0, 1, 2}),
+        ("L", 3, {0, 1, 2}),
+        ("LLLS", 8, {0, 1, 2, 4, 5, 6}),
+        ("SL", 4, {1, 3}),
+        ("LSS", 3, {0}),
+        ([2, 0], 3, {0, 2}),
+    ],
+)
+def test_layers_are_chosen_by_pattern_and_number(layers: Any, depth: int, chosen: set[int]) -> None:
+    assert choose_layers(layers, depth) == chosen
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            "LLS",
+            "'LLS' has 3 letters and does not repeat evenly over 8 layers; lengths that fit: 1, 2, 4, 8",
+        ),
+        ("LLLLLLLLL", "has 9 letters"),
+        ("SS", "layers: 'SS' swaps no layer; put an L in the pattern"),
+        ([], r"layers: \[\] swaps no layer"),
+        ([0, 8, -1], r"layers: \[8, -1\] not in this model; it has layers 0 to 7"),
+        ("LX", "layers: 'LX' is neither 'all' nor a pattern of L"),
+        ("", "layers: '' is neither"),
+    ],
+)
+def test_layers_that_do_not_fit(layers: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_layers(layers, 8)
+
+
+def test_parameters_of_llama_3_8b_by_hand() -> None:
+    plan = plan_8b()
+    embedding = 128256 * 4096
+    attention = 4096 * (32 * 128) + 2 * 4096 * (8 * 128) + (32 * 128) * 4096  # q, k and v, o
+    mlp, norms = 3 * 4096 * 14336, 2 * 4096
+    assert plan.source_parameters == 2 * embedding + 32 * (attention + mlp + norms) + 4096 == 8_030_261_248
+    feature_map, window_factor = 32 * 128 * 64, 32  # one [128, 64] matrix and one scalar per query head
+    assert plan.new_parameters == 32 * (2 * feature_map + window_factor) == 16_778_240
+    assert plan_8b(recipe="liger").new_parameters == 0
+
+
+def test_cache_of_llama_3_8b_by_hand() -> None:
+    bfloat16, float32 = 2, 4
+    kv = 8 * (128 + 128) * bfloat16
+    ring = 64 * kv + 64 + 8  # keys and values of the window, which of them exist, and a count of tokens
+    linear = 32 * 128 * 128 * float32 + 32 * 128 * float32  # S [heads, features, V] and z [heads, features]
+    plan = plan_8b()
+    assert {layer.kv_bytes_per_token for layer in plan.layers} == {kv}
+    assert {layer.state_bytes for layer in plan.layers} == {ring + linear}
+    assert plan.cache_bytes(100) == plan.cache_bytes(100_000) == 32 * (ring + linear)
+    hybrid = plan_8b("layers=LLLS")
+    assert hybrid.cache_bytes(1000) == 24 * (ring + linear) + 8 * kv * 1000
+
+
+def test_the_plan_does_not_depend_on_the_backend_of_this_machine() -> None:
+    assert plan_8b("mixer.backend=fla").cache_bytes(1) == plan_8b().cache_bytes(1)
+
+
+def test_the_plan_is_what_the_swap_does(converted: Any, pico_config: Any) -> None:
+    changes = ["layers=LSL", "mixer.window=8", "mixer.feature_map.dim=null", "model.dtype=float32"]
+    plan = make_plan(Recipe.load("lolcats", "demo", changes), pico_config())
+    model = converted("lolcats", "LSL")
+    real = dict(model.named_parameters())
+    planned = {f"{x.module}.{t.name}": t.shape for x in plan.layers for t in x.new}
+    assert planned == {name: tuple(p.shape) for name, p in real.items() if ".mixer." in name}
+    assert plan.source_parameters + plan.new_parameters == sum(p.numel() for p in model.parameters())
+    assert [x.module for x in plan.layers if x.mixer] == list(swapped(model))
+    with torch.no_grad():
+        cache = model(torch.arange(2, 42)[None], use_cache=True).past_key_values
+    assert plan.layers[0].state_bytes == cache.layers[0].nbytes()
+    assert plan.description()["layers"] == [0, None, 0]
+    assert plan.description()["mixers"][0]["window"] == 8
+
+
+def test_planning_allocates_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, register = [], torch.nn.Module.register_parameter
+
+    def watch(self: Any, name: str, parameter: Any) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            sizes.append(parameter.numel())
+        register(self, name, parameter)
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", watch)
+    plan_8b()
+    assert sum(sizes) < 8_030_261_248 / 100
+
+
+def test_what_the_plan_prints() -> None:
+    lines = str(plan_8b("layers=LLLS")).splitlines()
+    text = "\n".join(lines)
+    assert lines[0].startswith(
+        "source      meta-llama/Meta-Llama-3-8B (llama, 8,030.3M parameters, bfloat16)"
+    )
+    assert "lolcats (window=64" in lines[1]
+    assert lines[2] == "layers      24 of 32 swapped: " + "LLLS" * 8
+    assert "new         12.584M parameters" in text
+    assert "model.layers.0.self_attn.mixer.map_q.weight [32, 128, 64], identity per head" in text
+    assert "2,048 tokens: 256.0 MiB -> " in text and "weights 14.98 GiB" in text
+
+
+def test_an_unsupported_family_is_named() -> None:
+    with pytest.raises(UserError, match="unknown family 'lama'; did you mean 'llama'"):
+        make_plan(Recipe.load("lolcats", "demo"), SimpleNamespace(model_type="lama", num_hidden_layers=2))
+
+
+def test_only_the_last_stage_keeps_its_adapter() -> None:
+    with pytest.raises(UserError, match="only the last stage can leave its adapter unmerged"):
+        plan_8b("stages.0={type: finetune, tokens: 1, lora: {merge: false}}")
+
+
+def test_an_unknown_feature_map_is_named() -> None:
+    with pytest.raises(UserError, match="unknown feature map 'hedgehg'; did you mean 'hedgehog'"):
+        plan_8b("mixer.feature_map.type=hedgehg")

@@ -1,0 +1,205 @@
+"""Recipes: how they are found, overridden and validated, what every mistake says, and the shipped ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from linearize.errors import UserError
+from linearize.recipe import ALIASES, Recipe, available, resolve_model
+from linearize.schema import parse_count
+
+SMALL: dict[str, Any] = {
+    "model": {"name": "demo"},
+    "mixer": {"type": "lolcats", "window": 8},
+    "data": {"source": "demo", "seq_len": 64},
+    "stages": [
+        {"type": "attention_transfer", "tokens": "20M"},
+        {"type": "finetune", "tokens": 100, "lora": {}},
+    ],
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def mistake(path: Path, *overrides: str) -> str:
+    """What loading the recipe with these overrides complains about."""
+    with pytest.raises(UserError) as caught:
+        Recipe.load(path, overrides=overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mixr=1", "unknown key 'mixr'; did you mean 'mixer'? known: data, evaluation,"),
+        ("model.nme=x", "unknown key 'model.nme'; did you mean 'name'?"),
+        ("data.seq_length=1", "unknown key 'data.seq_length'; did you mean 'seq_len'?"),
+        ("mixer.windw=3", "unknown key 'mixer.windw'; did you mean 'window'?"),
+        ("mixer.feature_map.dimm=3", "unknown key 'mixer.feature_map.dimm'"),
+        ("stages.0.tokns=3", "unknown key 'stages.0.tokns'; did you mean 'tokens'?"),
+        ("stages.1.lora.rank=3", "unknown key 'stages.1.lora.rank'"),
+        ("evaluation.window=3", "unknown key 'evaluation.window'; did you mean 'windows'?"),
+        ("export.shard=3", "unknown key 'export.shard'"),
+        ("mixer.type=lolcat", "unknown mixer 'lolcat'; did you mean 'lolcats'?"),
+        ("mixer.type=missing_module_x:Mixer", "cannot import 'missing_module_x' for mixer"),
+        (
+            "mixer.type=linearize.losses:mse",
+            "is not a Mixer class; linearize.losses must define a class 'mse'",
+        ),
+        ("mixer={}", "mixer.type is missing"),
+        (
+            "stages.0.type=atention_transfer",
+            "unknown stage 'atention_transfer'; did you mean 'attention_transfer'?",
+        ),
+        ("stages=[{tokens: 1}]", "stages.0.type is missing"),
+        ("mixer.window=0", "lolcats: window must be at least 1 token, got 0"),
+        ("mixer.window=wide", "mixer.window: "),
+        ("stages.0.tokens=lots", "stages.0.tokens: 'lots' is not a count; write a number such as 20M"),
+        ("stages.0.lr=-1", "stages.0.lr: Input should be greater than 0 (got -1)"),
+        ("stages.0.batch_size=6 micro", "stages.0.batch_size: "),
+        ("stages.0.micro_batch_size=3", "batch_size 8 is not a multiple of micro_batch_size 3"),
+        ("model.name=null", "model.name: Input should be a valid string (got None)"),
+        ("data=demo", "data: "),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_remedy(recipe_file: Path, override: str, message: str) -> None:
+    assert message in mistake(recipe_file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.tokens", "override 'stages.0.tokens' is not key=value, for example stages.0.tokens=20M"),
+        ("=3", "override '=3' is not key=value"),
+        ("stages.2.tokens=3", "override 'stages.2.tokens': '2' is not one of the 2 items, counted from 0"),
+        ("stages.first.tokens=3", "'first' is not one of the 2 items"),
+        ("stages.2=3", "'2' is not one of the 2 items"),
+        ("mixer.window.size=3", "override 'mixer.window.size': mixer.window is a int, it has no keys"),
+        ("mixer.window.size.x=3", "'size' has no parent to go under"),
+    ],
+)
+def test_a_wrong_override_is_named(recipe_file: Path, override: str, message: str) -> None:
+    assert message in mistake(recipe_file, override)
+
+
+def test_several_mistakes_are_reported_together(recipe_file: Path) -> None:
+    message = mistake(recipe_file, "stages.0.tokns=3", "stages.0.lr=-1")
+    assert "'stages.0.tokns'" in message and "stages.0.lr: " in message
+
+
+def test_overrides_reach_lists_nested_sections_and_new_keys(recipe_file: Path) -> None:
+    changes = [
+        "stages.0.tokens=1.5k",
+        "mixer.feature_map.dim=4",
+        "layers=[0, 2]",
+        "evaluation.windows=3",
+        "seed=7",
+    ]
+    recipe = Recipe.load(recipe_file, overrides=changes)
+    assert recipe.stages[0]["tokens"] == 1500
+    assert recipe.mixer["feature_map"] == {"type": "hedgehog", "dim": 4} and recipe.mixer["window"] == 8
+    assert recipe.layers == [0, 2] and recipe.seed == 7
+    assert recipe.evaluation is not None and recipe.evaluation.windows == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("20M", 20_000_000), ("1.5k", 1500), ("2b", 2 * 10**9), (" 300 ", 300), (7, 7), (".5M", 500_000)],
+)
+def test_counts(text: Any, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["20 million", "M", "-3", "1e6", ""])
+def test_what_is_no_count(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a count"):
+        parse_count(text)
+
+
+def test_recipes_are_found_by_name_model_and_path(recipe_file: Path) -> None:
+    assert Recipe.load(model="llama-3-8b") == Recipe.load("lolcats", "llama-3-8b")
+    by_hub_name = Recipe.load("liger", "meta-llama/Meta-Llama-3-8B")
+    assert by_hub_name == Recipe.load("llama-3-8b/liger") and by_hub_name.mixer["type"] == "liger"
+    own = Recipe.load(recipe_file, model="smollm2-135m")
+    assert own.model.name == "smollm2-135m" and own.mixer["window"] == 8
+    other = Recipe.load("lolcats", "someone/else")
+    assert (
+        other.mixer == Recipe.load("default/lolcats", "someone/else").mixer
+        and other.model.name == "someone/else"
+    )
+
+
+def test_unknown_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown recipe 'lolcat'; did you mean 'lolcats'"):
+        Recipe.load("lolcat", "demo")
+    with pytest.raises(UserError, match=r"no recipe file '.*none.yaml'; known recipes: default/hedgehog, "):
+        Recipe.load(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"model\.name: Field required"):
+        Recipe.load("default/lolcats", overrides=["model.dtype=float32"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not valid YAML"), ("- a", "must hold a mapping of recipe keys")]
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Recipe.load(tmp_path / "bad.yaml")
+
+
+def test_model_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model("llama-3-8b") == ALIASES["llama-3-8b"] == "meta-llama/Meta-Llama-3-8B"
+    assert resolve_model("owner/name") == "owner/name"
+    assert (Path(resolve_model("demo")) / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="unknown model 'lama-3-8b'; did you mean 'llama-3-8b'"):
+        resolve_model("lama-3-8b")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("folder") == "folder"
+
+
+def shipped(name: str) -> Recipe:
+    return Recipe.load(name, "owner/name" if name.startswith("default/") else None)
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_shipped_recipe_is_valid_and_reproduces_itself(name: str) -> None:
+    recipe = shipped(name)
+    assert recipe.mixer["type"] == name.split("/")[1]
+    model = name.split("/")[0]
+    assert model == "default" or resolve_model(recipe.model.name) == resolve_model(model)
+    assert sum(stage["tokens"] for stage in recipe.stages) > 0
+    assert recipe.stage_configs()[-1].type == "finetune"
+    text = recipe.to_yaml()
+    again = Recipe.parse(yaml.safe_load(text))
+    assert again == recipe and again.to_yaml() == text
+
+
+def test_the_shipped_recipes_cover_every_mixer() -> None:
+    from linearize.registry import keys
+
+    for model in {name.split("/")[0] for name in available()}:
+        assert {name.split("/")[1] for name in available() if name.startswith(f"{model}/")} == set(
+            keys("mixers")
+        )
+
+
+def test_the_papers_settings_of_lolcats() -> None:
+    transfer, finetune = Recipe.load("lolcats", "llama-3-8b").stages
+    assert (transfer["tokens"], transfer["lr"], transfer["batch_size"], transfer["loss"]) == (
+        20_000_000,
+        1e-2,
+        8,
+        "mse",
+    )
+    assert (finetune["tokens"], finetune["lr"], finetune["batch_size"]) == (20_000_000, 1e-4, 8)
+    assert (finetune["lora"]["r"], finetune["lora"]["alpha"]) == (8, 16)
