@@ -38,12 +38,8 @@ positive.__name__ = "positive number"
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that choose a recipe and change it."""
-    parser.add_argument(
-        "--model", metavar="NAME", help="alias such as llama-3-8b or demo, hub name, or folder"
-    )
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="shipped recipe (default: lolcats), or path of a YAML file"
-    )
+    parser.add_argument("--model", metavar="NAME", help="alias such as llama-3-8b or demo, hub name, or folder")
+    parser.add_argument("--recipe", metavar="NAME", help="shipped recipe (default: lolcats), or path of a YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, such as stages.0.tokens=2M"
     )
@@ -55,9 +51,7 @@ def load_recipe(arguments: argparse.Namespace) -> Recipe:
     from linearize.recipe import Recipe
 
     if arguments.model is None and arguments.recipe is None:
-        raise UserError(
-            "which model? give --model NAME (demo needs no download), or a --recipe file that names one"
-        )
+        raise UserError("which model? give --model NAME (demo needs no download), or a --recipe file that names one")
     return Recipe.load(arguments.recipe, arguments.model, arguments.overrides)
 
 

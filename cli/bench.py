@@ -14,12 +14,8 @@ from linearize.cli._arguments import dtype, numbers, positive
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "path", nargs="?", metavar="PATH", help="folder or hub name of a converted checkpoint"
-    )
-    parser.add_argument(
-        "--shape", metavar="NAME", help="instead of PATH: llama-3-8b, llama-3.2-1b, or a config.json"
-    )
+    parser.add_argument("path", nargs="?", metavar="PATH", help="folder or hub name of a converted checkpoint")
+    parser.add_argument("--shape", metavar="NAME", help="instead of PATH: llama-3-8b, llama-3.2-1b, or a config.json")
     parser.add_argument("--mixer", metavar="NAME", help="mixer of the random model (default: lolcats)")
     parser.add_argument(
         "--lengths",

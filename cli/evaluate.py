@@ -25,18 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="examples per task")
     parser.add_argument("--text", metavar="SOURCE", help="held-out text: demo, a file or a hub dataset")
     parser.add_argument("--split", metavar="NAME", help="split of that text")
-    parser.add_argument(
-        "--lengths", type=numbers, metavar="N,N", help="context lengths of the loss in tokens"
-    )
+    parser.add_argument("--lengths", type=numbers, metavar="N,N", help="context lengths of the loss in tokens")
     parser.add_argument("--windows", type=positive, metavar="N", help="windows of text per length")
     parser.add_argument("--no-recall", dest="recall", action="store_false", help="ask no recall questions")
     parser.add_argument("--recall-items", type=positive, metavar="N", help="questions per recall case")
-    parser.add_argument(
-        "--no-branches", dest="branches", action="store_false", help="do not switch branches off"
-    )
-    parser.add_argument(
-        "--prompt", dest="sample_prompt", metavar="TEXT", help="a prompt to continue greedily"
-    )
+    parser.add_argument("--no-branches", dest="branches", action="store_false", help="do not switch branches off")
+    parser.add_argument("--prompt", dest="sample_prompt", metavar="TEXT", help="a prompt to continue greedily")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="rows per forward")
     parser.add_argument("--dtype", metavar="NAME", help="type of the weights (default: the checkpoint's)")
     parser.add_argument("--device", metavar="NAME", help="default: a GPU if there is one")

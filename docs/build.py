@@ -70,16 +70,13 @@ def render() -> str:
         parts += [f"### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(stage))}\n"]
         parts += ["Its own settings, and defaults that differ:\n", _table(_own_rows(stage.Config))]
     parts += ["## Model aliases\n", "Besides hub names and local folders, `model.name` takes `demo` and:\n"]
-    parts += [
-        "| alias | hub name |\n|---|---|\n" + "".join(f"| `{a}` | `{h}` |\n" for a, h in ALIASES.items())
-    ]
+    parts += ["| alias | hub name |\n|---|---|\n" + "".join(f"| `{a}` | `{h}` |\n" for a, h in ALIASES.items())]
     return "\n".join(parts)
 
 
 def _shipped() -> str:
     lines = [
-        f"| `{name}` | {path.read_text().partition(chr(10))[0].lstrip('# ')} |"
-        for name, path in available().items()
+        f"| `{name}` | {path.read_text().partition(chr(10))[0].lstrip('# ')} |" for name, path in available().items()
     ]
     return "\n".join(["| name | what it is |", "|---|---|", *lines]) + "\n"
 
@@ -93,9 +90,7 @@ def _table(rows: Iterable[Row]) -> str:
 def _model_rows(model: type[BaseModel], prefix: str = "") -> list[Row]:
     rows: list[Row] = []
     for name, field in model.model_fields.items():
-        rows.append(
-            (prefix + name, _type(field.annotation, field), _default(field), _escape(_meaning(field)))
-        )
+        rows.append((prefix + name, _type(field.annotation, field), _default(field), _escape(_meaning(field))))
         nested = [a for a in (field.annotation, *get_args(field.annotation)) if _is_model(a)]
         if nested and model is not Recipe:
             rows += _model_rows(nested[0], f"{prefix}{name}.")
@@ -138,11 +133,7 @@ def _attribute_docs(cls: type) -> dict[str, str]:
     assert isinstance(tree, ast.ClassDef)
     found = {}
     for attribute, text in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(attribute, ast.AnnAssign)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-        ):
+        if isinstance(attribute, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(attribute.target, ast.Name)
             found[attribute.target.id] = " ".join(str(text.value.value).split())
     return found
@@ -187,9 +178,7 @@ def _value(value: Any) -> str:
     if value is dataclasses.MISSING:
         return "required"
     plain = list(value) if isinstance(value, tuple) else value
-    return (
-        f"`{yaml.safe_dump(plain, default_flow_style=True).removesuffix(chr(10) + '...' + chr(10)).strip()}`"
-    )
+    return f"`{yaml.safe_dump(plain, default_flow_style=True).removesuffix(chr(10) + '...' + chr(10)).strip()}`"
 
 
 def _summary(cls: type) -> str:

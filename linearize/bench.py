@@ -103,9 +103,7 @@ class BenchReport:
             rows += [_row(speed) for speed in pair]
             teacher, student = ([s.prefill, s.decode, s.cache_bytes, s.peak_bytes] for s in pair)
             ratios = [b / a if a and b else None for a, b in zip(teacher, student, strict=True)]
-            rows.append(
-                [f"{length:,}", "student / teacher", *(NOTHING if r is None else f"{r:.3g}x" for r in ratios)]
-            )
+            rows.append([f"{length:,}", "student / teacher", *(NOTHING if r is None else f"{r:.3g}x" for r in ratios)])
         lines = [grid(header, rows), "", ", ".join(f"{key} {value}" for key, value in self.settings.items())]
         lines.append(f"peak: {self.memory}")
         lines += [f"step of {stage}: {seconds:.3g} s" for stage, seconds in self.step_seconds.items()]
@@ -270,9 +268,7 @@ def _speed(
 def _row(speed: Speed) -> list[str]:
     if speed.error:
         return [f"{speed.length:,}", speed.path, speed.error, NOTHING, NOTHING, NOTHING]
-    mib = [
-        NOTHING if size is None else f"{size / 2**20:,.2f}" for size in (speed.cache_bytes, speed.peak_bytes)
-    ]
+    mib = [NOTHING if size is None else f"{size / 2**20:,.2f}" for size in (speed.cache_bytes, speed.peak_bytes)]
     return [f"{speed.length:,}", speed.path, f"{speed.prefill:,.0f}", f"{speed.decode:,.1f}", *mib]
 
 
@@ -280,9 +276,7 @@ def _shape_config(shape: str) -> Any:
     if shape in SHAPES:
         return AutoConfig.for_model(**SHAPES[shape])
     if not Path(shape).exists():
-        raise UserError(
-            f"unknown shape {shape!r}{did_you_mean(shape, SHAPES)}; or give a folder or config.json"
-        )
+        raise UserError(f"unknown shape {shape!r}{did_you_mean(shape, SHAPES)}; or give a folder or config.json")
     return AutoConfig.from_pretrained(shape)
 
 

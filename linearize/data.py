@@ -45,9 +45,7 @@ class DataConfig(Strict):
         "or .txt file, a folder of them, or a pattern such as texts/*.parquet. A .txt file is one document.",
     )
     name: str | None = Field(None, description="Configuration of the Hub dataset.")
-    revision: str | None = Field(
-        None, description="Commit or branch of the Hub dataset. Default: its newest."
-    )
+    revision: str | None = Field(None, description="Commit or branch of the Hub dataset. Default: its newest.")
     split: str = Field(
         "train",
         description="Split, with an optional slice: train, train[:5%]. Of several local files each belongs "
@@ -69,9 +67,7 @@ class DataConfig(Strict):
     packing: bool = Field(
         True, description="Concatenate documents to full sequences; false: one cut or padded document each."
     )
-    eos_between_documents: bool = Field(
-        True, description="End every document with the end-of-sequence token."
-    )
+    eos_between_documents: bool = Field(True, description="End every document with the end-of-sequence token.")
     completion_only: bool = Field(
         False, description="Train on replies only: prompts of chats and instructions are not predicted."
     )
@@ -171,9 +167,7 @@ def batches(
         step += 1
 
 
-def prepare(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path | None = None
-) -> PackedDataset:
+def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path | None = None) -> PackedDataset:
     """Tokenise and pack `config`'s documents below `cache_dir`, or reuse what an earlier call made there.
 
     The default `cache_dir` is `linearize` in the Hugging Face home (`HF_HOME`).
@@ -272,9 +266,7 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _counted(
-    documents: Iterator[Document], counter: dict[str, int], config: DataConfig
-) -> Iterator[Document]:
+def _counted(documents: Iterator[Document], counter: dict[str, int], config: DataConfig) -> Iterator[Document]:
     with tqdm(desc="tokenising", unit="tok", unit_scale=True, total=config.max_tokens) as bar:
         for document in documents:
             counter["documents"] += 1

@@ -23,9 +23,7 @@ def cosine(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | No
     return _kept(distance.flatten(2).mean(-1) if distance.ndim > 2 else distance, keep).sum()
 
 
-def weight_cross_entropy(
-    student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None
-) -> torch.Tensor:
+def weight_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     """Cross-entropy between attention weights, mean over heads, summed over queries (Hedgehog, arXiv:2402.04347, eq. 8).
 
     Args:

@@ -39,9 +39,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 def memory_method(device: torch.device) -> str:
     """One sentence on what `peak_bytes` measures on `device`."""
     if device.type == "cuda":
-        return (
-            "largest memory allocated by torch on the GPU, weights included (torch.cuda.max_memory_allocated)"
-        )
+        return "largest memory allocated by torch on the GPU, weights included (torch.cuda.max_memory_allocated)"
     every = f"sampled every {SAMPLE_SECONDS * 1e3:g} ms"
     return f"largest resident set of the process, weights and libraries included, {every}"
 
@@ -53,9 +51,7 @@ def out_of_memory() -> Iterator[list[str]]:
     try:
         yield found
     except (RuntimeError, MemoryError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(
-            error
-        )
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         if not is_memory:
             raise
         found.append(str(error))

@@ -33,9 +33,7 @@ from linearize.swap import swapped, teacher_path
 from linearize.training.config import TrainingConfig
 
 
-def convert(
-    recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, say: Callable = print
-) -> Path:
+def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, say: Callable = print) -> Path:
     """Convert a model as `recipe` says.
 
     Args:
@@ -75,7 +73,7 @@ def convert(
         data = prepare(text, tokenizer)
         started = time.perf_counter()
         stage.run(model, data, out / "run" / f"{index}-{config.type}", resume=resume)
-        points.add_training(config, time.perf_counter() - started)
+        points.add_training(config.trained_tokens(data.seq_len), time.perf_counter() - started)
         points.take(label, model)
     files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
     options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
@@ -92,9 +90,7 @@ def convert(
 def plan_of(recipe: Recipe) -> Plan:
     """The plan of a recipe, from its model's configuration alone; no weights are loaded."""
     source = recipe.model
-    config = load_config(
-        recipe.resolved_model(), trust_remote_code=source.trust_remote_code, revision=source.revision
-    )
+    config = load_config(recipe.resolved_model(), trust_remote_code=source.trust_remote_code, revision=source.revision)
     return make_plan(recipe, config)
 
 
@@ -147,8 +143,8 @@ class _Points:
         saved = json.loads(path.read_text()) if path.exists() else []
         self.taken: dict[str, Measurement] = {name: Measurement.from_dict(values) for name, values in saved}
 
-    def add_training(self, config: Any, seconds: float) -> None:
-        self.tokens += config.tokens
+    def add_training(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
         self.seconds += seconds
 
     def take(self, name: str, model: Any) -> None:
@@ -180,6 +176,4 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
         items = enumerate(value)  # type: ignore[assignment]
     else:
         return {path: value}
-    return {
-        k: v for key, child in items for k, v in _flat(child, f"{path}.{key}" if path else str(key)).items()
-    }
+    return {k: v for key, child in items for k, v in _flat(child, f"{path}.{key}" if path else str(key)).items()}

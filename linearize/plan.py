@@ -70,9 +70,7 @@ class Plan:
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of one sequence's cache after `tokens` tokens."""
-        return sum(
-            x.state_bytes if x.mixer is not None else x.kv_bytes_per_token * tokens for x in self.layers
-        )
+        return sum(x.state_bytes if x.mixer is not None else x.kv_bytes_per_token * tokens for x in self.layers)
 
     def __str__(self) -> str:
         swapped = [layer for layer in self.layers if layer.mixer is not None]
@@ -93,12 +91,8 @@ class Plan:
             lines.append(
                 f"cache       {tokens:>7,} tokens: {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB a sequence"
             )
-        weights = (
-            (self.source_parameters + self.new_parameters) * torch.finfo(getattr(torch, self.dtype)).bits // 8
-        )
-        lines.append(
-            f"memory      weights {weights / 2**30:,.2f} GiB; trained tensors need 16 bytes a parameter more"
-        )
+        weights = (self.source_parameters + self.new_parameters) * torch.finfo(getattr(torch, self.dtype)).bits // 8
+        lines.append(f"memory      weights {weights / 2**30:,.2f} GiB; trained tensors need 16 bytes a parameter more")
         lines += [f"note        {concern}" for concern in self.concerns]
         return "\n".join(lines)
 
@@ -132,12 +126,10 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
             layers.append(LayerPlan(index, module, None, kv_bytes_per_token=kv))
             continue
         with FakeTensorMode(), _default_dtype(dtype):
-            mixer = mixer_class(settings, shape)
+            mixer = mixer_class(_on_torch(settings), shape)
             held = state_bytes(mixer, shape, dtype)
         inits = mixer.inits()
-        new = tuple(
-            NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters()
-        )
+        new = tuple(NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters())
         layers.append(LayerPlan(index, module, recipe.mixer["type"], new, held, kv))
     return Plan(
         family=config.model_type,
@@ -170,9 +162,7 @@ def choose_layers(layers: str | list[int], depth: int) -> set[int]:
     else:
         wrong = sorted(set(layers) - set("LS"))
         if wrong or not layers:
-            raise UserError(
-                f"layers: {layers!r} is neither 'all' nor a pattern of L (swap) and S (keep softmax)"
-            )
+            raise UserError(f"layers: {layers!r} is neither 'all' nor a pattern of L (swap) and S (keep softmax)")
         if depth % len(layers):
             fits = ", ".join(str(n) for n in range(1, depth + 1) if depth % n == 0)
             raise UserError(
@@ -202,6 +192,11 @@ def _check_stages(recipe: Recipe) -> None:
             raise UserError(
                 f"stages.{index}.lora.merge is false, but only the last stage can leave its adapter unmerged"
             )
+
+
+def _on_torch(settings: Any) -> Any:
+    """The same settings without kernels: a plan is made on any machine, for any machine."""
+    return dataclasses.replace(settings, backend="torch") if hasattr(settings, "backend") else settings
 
 
 @contextmanager

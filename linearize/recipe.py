@@ -46,9 +46,7 @@ ALIASES = {
 class ModelConfig(Strict):
     """The source model."""
 
-    name: str = Field(
-        description="Alias, hub name, local folder, or `demo` for the teacher inside the package."
-    )
+    name: str = Field(description="Alias, hub name, local folder, or `demo` for the teacher inside the package.")
     revision: str | None = Field(None, description="Hub revision.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type the weights are loaded and exported in; auto keeps the source's."
@@ -112,9 +110,7 @@ class Recipe(Strict):
         return resolved
 
     @classmethod
-    def load(
-        cls, name: str | Path | None = None, model: str | None = None, overrides: Sequence[str] = ()
-    ) -> Recipe:
+    def load(cls, name: str | Path | None = None, model: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
         """Find, override and validate a recipe.
 
         Args:
@@ -196,9 +192,7 @@ def _find_recipe(name: str | Path | None, model: str | None) -> Path:
     for candidate in (method, f"{owner}/{method}", f"default/{method}"):
         if candidate in known:
             return known[candidate]
-    raise UserError(
-        f"unknown recipe {method!r}{did_you_mean(method, [*known, *{k.split('/')[1] for k in known}])}"
-    )
+    raise UserError(f"unknown recipe {method!r}{did_you_mean(method, [*known, *{k.split('/')[1] for k in known}])}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -232,9 +226,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _step(node: Any, part: str, path: str, create: bool) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
-            raise UserError(
-                f"override {path!r}: {part!r} is not one of the {len(node)} items, counted from 0"
-            )
+            raise UserError(f"override {path!r}: {part!r} is not one of the {len(node)} items, counted from 0")
         return node[int(part)]
     if not isinstance(node, dict):
         raise UserError(f"override {path!r}: {part!r} has no parent to go under")
@@ -246,9 +238,7 @@ def _step(node: Any, part: str, path: str, create: bool) -> Any:
 def _type_of(value: dict[str, Any], where: str) -> str:
     key = value.get("type")
     if not isinstance(key, str):
-        raise UserError(
-            f"{where}.type is missing; it names which {where.split('.')[0].removesuffix('s')} to use"
-        )
+        raise UserError(f"{where}.type is missing; it names which {where.split('.')[0].removesuffix('s')} to use")
     return key
 
 

@@ -16,6 +16,9 @@ from linearize.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
+SINGULAR = {"families": "family"}
+"""What one item of a package is called in messages, where that is not its name less the s."""
+
 
 def keys(package: str) -> list[str]:
     """Names of the plug-in files in `linearize.<package>`, sorted; `base` and sub-packages are not plug-ins."""
@@ -34,8 +37,12 @@ def find(package: str, key: str, base: type[T]) -> type[T]:
     known = keys(package)
     if key not in known:
         hint = did_you_mean(key, known)
-        raise UserError(f"unknown {package.removesuffix('s')} {key!r}{hint}; `module:Class` names your own")
+        raise UserError(f"unknown {_one(package)} {key!r}{hint}; `module:Class` names your own")
     return _only_class(importlib.import_module(f"linearize.{package}.{key}"), base)
+
+
+def _one(package: str) -> str:
+    return SINGULAR.get(package, package.removesuffix("s"))
 
 
 def _only_class(module: ModuleType, base: type[T]) -> type[T]:
@@ -54,7 +61,7 @@ def _outside(package: str, key: str, base: type[T]) -> type[T]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
-            f"cannot import {module_name!r} for {package.removesuffix('s')} {key!r}: {error}; "
+            f"cannot import {module_name!r} for {_one(package)} {key!r}: {error}; "
             "install it, or add its folder to PYTHONPATH"
         ) from error
     cls = getattr(module, class_name, None)

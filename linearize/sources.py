@@ -264,9 +264,7 @@ def _encode_chat(
     return ids, prompt
 
 
-def _render(
-    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False
-) -> list[int]:
+def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False) -> list[int]:
     """Tokens of `turns` by the chat template, or of one `role: content` line each where there is none."""
     if tokenizer.chat_template:
         encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=reply, return_dict=True)

@@ -179,9 +179,7 @@ def _swapped_class(family: type[Family]) -> type:
 
 
 def _attach_batch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    inputs = next(
-        x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None
-    )
+    inputs = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     past = kwargs.get("past_key_values")
     has_past = past is not None and past.get_seq_length() > 0

@@ -98,9 +98,7 @@ def converted(pico_model: Callable[..., Any]) -> Callable[..., Any]:
     from linearize.hf.auto import linearized
     from linearize.swap import swapped
 
-    def make(
-        key: str, layers: str = "L" * LAYERS, seed: int = 0, settings: Any = None, **overrides: Any
-    ) -> Any:
+    def make(key: str, layers: str = "L" * LAYERS, seed: int = 0, settings: Any = None, **overrides: Any) -> Any:
         model = pico_model(seed, num_hidden_layers=len(layers), **overrides)
         mixer = {**small_mixer(key), **(settings or {})}
         index = [0 if letter == "L" else None for letter in layers]

@@ -24,13 +24,9 @@ def test_both_paths_are_timed_at_every_length(converted, tmp_path):
         (path, length) for length in (32, 128) for path in ("teacher", "student")
     ]
     assert all(s.prefill > 0 and s.decode > 0 and s.peak_bytes > 0 for s in report.speeds)
-    teacher, student = (
-        [report.at(path, n).cache_bytes for n in (32, 128)] for path in ("teacher", "student")
-    )
+    teacher, student = ([report.at(path, n).cache_bytes for n in (32, 128)] for path in ("teacher", "student"))
     layers, kv_heads, dim, keys_and_values, float32, rows = 3, 2, 8, 2, 4, 2
-    assert teacher == [
-        layers * kv_heads * dim * keys_and_values * float32 * rows * (n + 4) for n in (32, 128)
-    ]
+    assert teacher == [layers * kv_heads * dim * keys_and_values * float32 * rows * (n + 4) for n in (32, 128)]
     assert student[0] == student[1], "the state's size must not depend on the context"
     assert not any(layer.teacher for layer in swapped(model).values())
     report.to_json(tmp_path / "new" / "bench.json")

@@ -79,9 +79,7 @@ def test_one_document_a_row_pads_right_and_cuts(make, tokenizer):
     batch = everything(make(texts("One fish.", TEXTS[3]), packing=False))
     n = len(tokenizer("One fish.")["input_ids"]) + 1
     assert batch["attention_mask"].tolist() == [[1] * n + [0] * (8 - n), [1] * 8]
-    assert (batch["input_ids"][0, n:] == tokenizer.pad_token_id).all() and (
-        batch["labels"][0, n:] == -100
-    ).all()
+    assert (batch["input_ids"][0, n:] == tokenizer.pad_token_id).all() and (batch["labels"][0, n:] == -100).all()
     assert batch["input_ids"][1].tolist() == tokenizer(TEXTS[3])["input_ids"][:8]
     assert batch["position_ids"].tolist() == [list(range(8))] * 2
 
@@ -98,8 +96,7 @@ def test_instruction_trains_on_the_output_only(make, tokenizer):
     ]
     batch = everything(make(rows, seq_len=96, packing=False, completion_only=True))
     read = [
-        tokenizer.decode(ids[mask == 1])
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        tokenizer.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
     assert read[0].endswith(
         "completes the request.\n\n### Instruction:\nName a fish.\n\n### Response:\nCarp.<|endoftext|>"
@@ -191,9 +188,7 @@ def test_no_shuffle_keeps_the_order(make):
 def test_recall_documents_are_their_share_of_rows(make, tokenizer):
     rows = texts(*("The fish swam down the stream and up again. " * 30 for _ in range(10)))
     data = make(rows, seq_len=128, recall_fraction=0.25)
-    recall = [
-        "What is the special number for" in tokenizer.decode(ids) for ids in everything(data)["input_ids"]
-    ]
+    recall = ["What is the special number for" in tokenizer.decode(ids) for ids in everything(data)["input_ids"]]
     assert sum(recall) == len(data) // 4 > 3
     labels = data.batch([recall.index(True)])["labels"]
     assert (labels[0, 1:] != -100).all()
@@ -204,9 +199,7 @@ def test_second_call_reuses_and_changes_are_seen(make, tokenizer, tmp_path, monk
     calls = []
     original = linearize.data.tokenized
     monkeypatch.setattr(linearize.data, "tokenized", lambda *a: calls.append(1) or original(*a))
-    tokenizer(
-        ["a", "b b b b"], padding=True, truncation=True, max_length=3
-    )  # leaves settings in the tokenizer
+    tokenizer(["a", "b b b b"], padding=True, truncation=True, max_length=3)  # leaves settings in the tokenizer
     again = prepare(config(tmp_path), tokenizer, cache_dir=tmp_path / "cache")
     assert again.folder == first.folder and not calls
     changed = AutoTokenizer.from_pretrained(demo.model_path())
@@ -278,9 +271,7 @@ def test_folder_and_pattern_choose_files_by_split(tmp_path, tokenizer):
     for name in ("a-train", "b-train", "c-dev"):
         (folder / f"{name}.txt").write_text(f"{name} fish in the stream")
     for source in (str(folder), str(folder / "*.txt")):
-        assert (
-            tokenizer.decode(read_tokens(source, tokenizer, "dev")) == "c-dev fish in the stream<|endoftext|>"
-        )
+        assert tokenizer.decode(read_tokens(source, tokenizer, "dev")) == "c-dev fish in the stream<|endoftext|>"
         train = tokenizer.decode(read_tokens(source, tokenizer))
         assert "a-train" in train and "b-train" in train and "dev" not in train
         with pytest.raises(UserError, match="data.split='test' is not in .*known: train, validation"):

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from linearize.cli.main import Parser
 
+from linearize.cli.main import Parser
 from linearize.errors import UserError
 from linearize.plan import make_plan
 from linearize.recipe import Recipe

@@ -21,9 +21,7 @@ def test_the_notebook_runs_in_a_minute(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    NotebookClient(
-        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    ).execute()
+    NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began  # of the kernel, which has ended
     assert 1 < seconds < 60
     printed = "\n".join(
@@ -33,11 +31,7 @@ def test_the_notebook_runs_in_a_minute(tmp_path: Path, monkeypatch: pytest.Monke
         for output in cell.outputs
         if output.output_type == "stream"
     )
-    assert (
-        "6 of 6 swapped" in printed and "after attention_transfer" in printed and "after finetune" in printed
-    )
+    assert "6 of 6 swapped" in printed and "after attention_transfer" in printed and "after finetune" in printed
     assert "The old house stood" in printed and "linear off" in printed
-    sizes = {
-        line.split(": ")[1] for line in printed.splitlines() if line.startswith(("64 tokens", "512 tokens"))
-    }
+    sizes = {line.split(": ")[1] for line in printed.splitlines() if line.startswith(("64 tokens", "512 tokens"))}
     assert len(sizes) == 1, "the decoding state grew with the context"

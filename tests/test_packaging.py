@@ -56,9 +56,7 @@ def test_demo_assets():
         assert table.column_names == ["source", "title", "text"] and table.num_rows == rows
         assert path.stat().st_size <= limit
         assert min(map(len, table["text"].to_pylist())) >= 20_000
-    train, dev = (
-        set(pyarrow.parquet.read_table(demo.text_path(s))["title"].to_pylist()) for s in ("train", "dev")
-    )
+    train, dev = (set(pyarrow.parquet.read_table(demo.text_path(s))["title"].to_pylist()) for s in ("train", "dev"))
     assert not train & dev
     notice = (demo.model_path().parent / "NOTICE.md").read_text()
     assert all(title.removesuffix(".txt").removeprefix("osbooks-") in notice for title in train | dev)

@@ -129,9 +129,7 @@ def test_planning_allocates_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_plan_prints() -> None:
     lines = str(plan_8b("layers=LLLS")).splitlines()
     text = "\n".join(lines)
-    assert lines[0].startswith(
-        "source      meta-llama/Meta-Llama-3-8B (llama, 8,030.3M parameters, bfloat16)"
-    )
+    assert lines[0].startswith("source      meta-llama/Meta-Llama-3-8B (llama, 8,030.3M parameters, bfloat16)")
     assert "lolcats (window=64" in lines[1]
     assert lines[2] == "layers      24 of 32 swapped: " + "LLLS" * 8
     assert "new         12.584M parameters" in text

@@ -132,10 +132,7 @@ def test_recipes_are_found_by_name_model_and_path(recipe_file: Path) -> None:
     own = Recipe.load(recipe_file, model="smollm2-135m")
     assert own.model.name == "smollm2-135m" and own.mixer["window"] == 8
     other = Recipe.load("lolcats", "someone/else")
-    assert (
-        other.mixer == Recipe.load("default/lolcats", "someone/else").mixer
-        and other.model.name == "someone/else"
-    )
+    assert other.mixer == Recipe.load("default/lolcats", "someone/else").mixer and other.model.name == "someone/else"
 
 
 def test_unknown_recipes(tmp_path: Path) -> None:
@@ -188,9 +185,7 @@ def test_the_shipped_recipes_cover_every_mixer() -> None:
     from linearize.registry import keys
 
     for model in {name.split("/")[0] for name in available()}:
-        assert {name.split("/")[1] for name in available() if name.startswith(f"{model}/")} == set(
-            keys("mixers")
-        )
+        assert {name.split("/")[1] for name in available() if name.startswith(f"{model}/")} == set(keys("mixers"))
 
 
 def test_the_papers_settings_of_lolcats() -> None:

@@ -18,21 +18,15 @@ class EvalConfig(Strict):
     lengths: list[PositiveInt] = Field(
         default_factory=list, description="Context lengths of the loss in tokens; `data.seq_len` if empty."
     )
-    windows: PositiveInt = Field(
-        16, description="Windows of text scored at each length, evenly spaced over the text."
-    )
+    windows: PositiveInt = Field(16, description="Windows of text scored at each length, evenly spaced over the text.")
     recall: bool | list[tuple[PositiveInt, PositiveInt]] = Field(
         True,
         description="Synthetic recall: a list of [facts, tokens between fact and question], true for the "
         "usual five cases, false for none.",
     )
     recall_items: PositiveInt = Field(16, description="Questions per recall case.")
-    branches: bool = Field(
-        True, description="Also take the losses with each branch of the mixers switched off."
-    )
+    branches: bool = Field(True, description="Also take the losses with each branch of the mixers switched off.")
     tasks: list[str] = Field(default_factory=list, description="lm-evaluation-harness tasks.")
-    sample_prompt: str | None = Field(
-        None, description="Prompt that the model continues greedily; none if not set."
-    )
+    sample_prompt: str | None = Field(None, description="Prompt that the model continues greedily; none if not set.")
     sample_tokens: PositiveInt = Field(48, description="Tokens of that continuation.")
     batch_size: PositiveInt = Field(4, description="Rows per forward; changes speed and memory, not results.")

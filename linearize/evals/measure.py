@@ -167,7 +167,4 @@ def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
 def _length_notes(model: Any, lengths: list[int]) -> list[str]:
     limit = getattr(model.config, "max_position_embeddings", None)
     beyond = [length for length in lengths if limit is not None and length > limit]
-    return [
-        f"length {length} is beyond the {limit} positions the source model was trained for"
-        for length in beyond
-    ]
+    return [f"length {length} is beyond the {limit} positions the source model was trained for" for length in beyond]

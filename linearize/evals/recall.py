@@ -44,9 +44,7 @@ class RecallItem:
 def facts(n: int, rng: random.Random) -> list[tuple[str, str]]:
     """`n` pairs of a word and a number of five digits; words and numbers are all different."""
     if not 1 <= n <= len(WORDS):
-        raise UserError(
-            f"recall with {n} facts is impossible; choose 1 to {len(WORDS)}, one for each known word"
-        )
+        raise UserError(f"recall with {n} facts is impossible; choose 1 to {len(WORDS)}, one for each known word")
     return list(zip(rng.sample(WORDS, n), map(str, rng.sample(range(10_000, 100_000), n)), strict=True))
 
 
@@ -128,16 +126,13 @@ def _question(tokenizer: PreTrainedTokenizerBase, word: str, number: str) -> tup
 def _stretch(filler: Sequence[int], length: int, rng: random.Random) -> list[int]:
     if len(filler) < length:
         raise UserError(
-            f"recall needs {length} tokens of filler text and has {len(filler)}; "
-            "give longer text or a shorter distance"
+            f"recall needs {length} tokens of filler text and has {len(filler)}; give longer text or a shorter distance"
         )
     start = rng.randint(0, len(filler) - length)
     return list(filler[start : start + length])
 
 
-def _spread(
-    pieces: list[list[int]], filler: list[int], first: int, rng: random.Random
-) -> tuple[list[int], list[int]]:
+def _spread(pieces: list[list[int]], filler: list[int], first: int, rng: random.Random) -> tuple[list[int], list[int]]:
     """The first piece before `filler[first]`, the others at random places behind it; also where each ends."""
     places = [first, *sorted(rng.randint(first, len(filler)) for _ in pieces[1:])]
     body: list[int] = []

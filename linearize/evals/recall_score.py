@@ -71,10 +71,7 @@ def recall(
             reason = f"needs {needed} tokens of context, the model has {limit}"
             scores.append(RecallScore(facts, distance, None, 0, skipped=reason))
             continue
-        right = sum(
-            _count_right(model, tokenizer, items[i : i + batch_size])
-            for i in range(0, len(items), batch_size)
-        )
+        right = sum(_count_right(model, tokenizer, items[i : i + batch_size]) for i in range(0, len(items), batch_size))
         low, high = wilson(right, len(items))
         scores.append(RecallScore(facts, distance, right / len(items), len(items), low, high))
     return scores
@@ -89,9 +86,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def generate_greedily(
-    model: Any, prompts: Sequence[Sequence[int]], *, tokens: int, pad: int
-) -> list[list[int]]:
+def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], *, tokens: int, pad: int) -> list[list[int]]:
     """Greedy continuations of `tokens` tokens each; prompts of different lengths are padded on the left."""
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)
@@ -121,9 +116,7 @@ def padding_id(tokenizer: Any) -> int:
 
 def _count_right(model: Any, tokenizer: Any, items: Sequence[RecallItem]) -> int:
     longest = max(len(item.answer_ids) for item in items)
-    answers = generate_greedily(
-        model, [item.input_ids for item in items], tokens=longest, pad=padding_id(tokenizer)
-    )
+    answers = generate_greedily(model, [item.input_ids for item in items], tokens=longest, pad=padding_id(tokenizer))
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     return sum(_digits(text) == item.number for text, item in zip(texts, items, strict=True))
 

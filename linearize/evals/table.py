@@ -51,8 +51,7 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
         return [*cells, _number(_minus(values[1], values[0]), sign="+")] if teacher else cells
 
     rows = [
-        row(f"loss {length}", [m.loss(length) for m in columns])
-        for length in _union(p.length for p in student.losses)
+        row(f"loss {length}", [m.loss(length) for m in columns]) for length in _union(p.length for p in student.losses)
     ]
     for point in student.losses:
         for first, end, _ in point.by_position:

@@ -32,9 +32,7 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     swapped = sum(layer.mixer is not None for layer in plan.layers)
     name = recipe.model.name if local else source
     measured = (
-        comparison_table(list(measurements.items()))
-        if measurements
-        else "Nothing was measured for this checkpoint."
+        comparison_table(list(measurements.items())) if measurements else "Nothing was measured for this checkpoint."
     )
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}

@@ -84,9 +84,7 @@ def _check_converted(model: Any) -> None:
         raise UserError(f"{type(model).__name__} is not a converted model; convert it before exporting it")
 
 
-def _write(
-    model: Any, tokenizer: Any, folder: Path, max_shard_size: str, extra_files: Mapping[str, str]
-) -> None:
+def _write(model: Any, tokenizer: Any, folder: Path, max_shard_size: str, extra_files: Mapping[str, str]) -> None:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -75,9 +75,7 @@ def load(
     return _with_adapter(model.eval(), source, revision), tokenizer
 
 
-def load_config(
-    path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
-) -> Any:
+def load_config(path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """Only the configuration of a model; arguments and errors as `load`."""
     register()
     source = _source(path_or_repo)

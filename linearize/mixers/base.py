@@ -11,13 +11,15 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from linearize.errors import did_you_mean
 from linearize.inits.base import Init
+
+Backend = Literal["auto", "torch", "fla", "naive"]
 
 State = dict[str, Any]
 """A small tree (dict or tuple) of tensors, each with the batch as its first dimension, of constant size."""

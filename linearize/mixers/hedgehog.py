@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from linearize.inits.base import Init
-from linearize.mixers.base import Context, HeadShape, Mixer, State
+from linearize.mixers.base import Backend, Context, HeadShape, Mixer, State
 from linearize.mixers.parts.feature_maps import FeatureMapConfig, feature_map
 from linearize.ops.layout import expand_heads
 from linearize.ops.linear import linear_attention, normalized
@@ -29,8 +29,8 @@ class HedgehogConfig:
     """The learned map, one for queries and one for keys, per query head."""
     chunk_size: int = 64
     """Tokens per chunk of the parallel form; changes speed, not results."""
-    backend: str = "auto"
-    """auto, torch or fla."""
+    backend: Backend = "auto"
+    """Which implementation of the recurrence runs; auto takes the fla kernels on GPUs that have them."""
 
 
 class Hedgehog(Mixer):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from linearize.mixers.base import Context, Mixer, State
+from linearize.mixers.base import Backend, Context, Mixer, State
 from linearize.ops.gla import gla
 from linearize.ops.window import window_attention
 
@@ -35,8 +35,8 @@ class LigerConfig:
     """Divisor of the log-gate; larger forgets more slowly."""
     chunk_size: int = 64
     """Tokens per chunk of the parallel form; changes speed, not results."""
-    backend: str = "auto"
-    """auto, torch or fla."""
+    backend: Backend = "auto"
+    """Which implementation of the recurrence runs; auto takes the fla kernels on GPUs that have them."""
 
     def __post_init__(self) -> None:
         if self.window < 1:

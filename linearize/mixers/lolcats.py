@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from linearize.inits.base import Constant, Init
-from linearize.mixers.base import Context, HeadShape, Mixer, State
+from linearize.mixers.base import Backend, Context, HeadShape, Mixer, State
 from linearize.mixers.parts.feature_maps import FeatureMapConfig, feature_map
 from linearize.ops.layout import expand_heads
 from linearize.ops.linear import linear_attention, normalized
@@ -44,8 +44,8 @@ class LolcatsConfig:
     """Which branches see the rotary embedding. Without it the linear sum works at lengths it was not trained on."""
     chunk_size: int = 64
     """Tokens per chunk of the parallel form; changes speed, not results."""
-    backend: str = "auto"
-    """auto, torch or fla."""
+    backend: Backend = "auto"
+    """Which implementation of the recurrence runs; auto takes the fla kernels on GPUs that have them."""
 
     def __post_init__(self) -> None:
         if self.window < 1:

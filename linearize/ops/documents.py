@@ -40,9 +40,7 @@ class ChunkVisibility(NamedTuple):
     carry: torch.Tensor
 
 
-def chunk_visibility(
-    documents: torch.Tensor, key_documents: torch.Tensor, chunk_size: int
-) -> ChunkVisibility:
+def chunk_visibility(documents: torch.Tensor, key_documents: torch.Tensor, chunk_size: int) -> ChunkVisibility:
     """Visibility between the chunks of `documents` (queries) and `key_documents`, both `[B, N * chunk_size]`.
 
     Key documents may lag behind (`key_documents <= documents`): a key of an earlier document is then seen by

@@ -184,7 +184,5 @@ def gla(
             elif chosen == "naive":
                 out, state = naive(q, k, v, g, scale=scale, documents=documents, state=state)
             else:
-                out, state = chunk(
-                    q, k, v, g, scale=scale, documents=documents, state=state, chunk_size=chunk_size
-                )
+                out, state = chunk(q, k, v, g, scale=scale, documents=documents, state=state, chunk_size=chunk_size)
         return out.to(out_dtype), state

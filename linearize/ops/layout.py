@@ -49,9 +49,7 @@ def check_inputs(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"{op}: q, k, v must be [B, T, H, D], got {[tuple(x.shape) for x in (q, k, v)]}")
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"{op}: shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )
+        raise ValueError(f"{op}: shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if q.shape[1] == 0:
         raise ValueError(f"{op}: needs at least one token, got T = 0")
     if q.shape[2] % k.shape[2]:

@@ -78,9 +78,7 @@ def chunk(
     size = fit_chunk("linear_attention", chunk_size, T)
     visibility = None
     if documents is not None and key_documents is not None:
-        visibility = chunk_visibility(
-            pad_documents(documents, size), pad_documents(key_documents, size), size
-        )
+        visibility = chunk_visibility(pad_documents(documents, size), pad_documents(key_documents, size), size)
     v_one = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
     q, k, v_one = (to_chunks(x, size) for x in (q, k, v_one))
     scores = (q @ k.transpose(-1, -2)).tril()
@@ -162,9 +160,7 @@ def linear_attention(
             if chosen == "step" and state is not None:
                 num, den, state = step(q, k, v, state)
             elif chosen == "naive":
-                num, den, state = naive(
-                    q, k, v, documents=documents, key_documents=key_documents, state=state
-                )
+                num, den, state = naive(q, k, v, documents=documents, key_documents=key_documents, state=state)
             else:
                 num, den, state = chunk(
                     q,

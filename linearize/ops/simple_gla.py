@@ -110,9 +110,7 @@ def _fla(
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError as error:
-        raise ValueError(
-            f"simple_gla: the fla kernels cannot be imported ({error}); use backend 'torch'"
-        ) from error
+        raise ValueError(f"simple_gla: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
     if documents is None:
         return chunk_simple_gla(q, k, v, g=g, scale=scale, initial_state=state, output_final_state=True)
     cu_seqlens, last = cumulative_lengths(documents)
@@ -169,7 +167,5 @@ def simple_gla(
             elif chosen == "naive":
                 out, state = naive(q, k, v, g, scale=scale, documents=documents, state=state)
             else:
-                out, state = chunk(
-                    q, k, v, g, scale=scale, documents=documents, state=state, chunk_size=chunk_size
-                )
+                out, state = chunk(q, k, v, g, scale=scale, documents=documents, state=state, chunk_size=chunk_size)
         return out.to(out_dtype), state

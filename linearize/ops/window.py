@@ -189,17 +189,13 @@ def window_attention(
             start, position = None, state["seen"][:, None] + torch.arange(T, device=k.device)
             if documents is not None:
                 start, position = positions(documents)
-            sink = _sink_columns(
-                k, v, after, window=window, block=block, position=position, start=start, mask=mask
-            )
+            sink = _sink_columns(k, v, after, window=window, block=block, position=position, start=start, mask=mask)
         k_band = _bands(k, state["k"][:, 1:].to(dtype), block).transpose(-1, -2).contiguous().mT
         v_band = _bands(v, state["v"][:, 1:].to(dtype), block).transpose(-1, -2).contiguous()
         # One query head of each group at a time: k and v are never copied per query head, and every product
         # has the shape it has with expanded heads, so both give the same bits.
         groups = _blocks(q, block).transpose(2, 3).unflatten(2, (kv_heads, heads // kv_heads)).unbind(3)
         parts = zip(*(_attend(q_group, k_band, v_band, visible, sink) for q_group in groups), strict=True)
-        out, lse, top = (
-            torch.stack(part, dim=3).flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :T] for part in parts
-        )
+        out, lse, top = (torch.stack(part, dim=3).flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :T] for part in parts)
         out = out.to(out_dtype)
         return (out, lse, top, after) if return_max else (out, lse, after)

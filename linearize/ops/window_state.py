@@ -44,9 +44,7 @@ def init_state(
 def check_state(window: int, sinks: int, state: State | None) -> None:
     """Raises ValueError for impossible sizes and for a state made for others."""
     if window < 1 or sinks < 0:
-        raise ValueError(
-            f"window must be at least 1 and sinks at least 0, got window={window}, sinks={sinks}"
-        )
+        raise ValueError(f"window must be at least 1 and sinks at least 0, got window={window}, sinks={sinks}")
     if state is None:
         return
     ring, slots = state["k"].shape[1], state["sink_k"].shape[1] if "sink_k" in state else 0
@@ -67,9 +65,7 @@ def _last_tokens(x: torch.Tensor, ring: torch.Tensor, mask: torch.Tensor | None)
     return torch.cat([ring, x], dim=1).gather(1, index)
 
 
-def _first_tokens(
-    x: torch.Tensor, sink: torch.Tensor, source: torch.Tensor, count: torch.Tensor
-) -> torch.Tensor:
+def _first_tokens(x: torch.Tensor, sink: torch.Tensor, source: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """sink `[B, S, H, D]` with slot s taken from token source[:, s] of x `[B, T, H, D]` if 0 <= source <
     count.
     """

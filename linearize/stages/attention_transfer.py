@@ -38,9 +38,7 @@ class AttentionTransferConfig(TrainingConfig):
         description="Compare head outputs before the output projection, or the layer's output after it.",
     )
     loss_scale: float = Field(1000.0, gt=0, description="Factor on the loss; matters only where clip is set.")
-    clip: float | None = Field(
-        None, gt=0, description="Largest norm of the whole gradient; null clips nothing."
-    )
+    clip: float | None = Field(None, gt=0, description="Largest norm of the whole gradient; null clips nothing.")
     train: list[str] = Field(["*.mixer.*"], description="Shell-style patterns of the parameters to train.")
 
 
@@ -114,9 +112,7 @@ class AttentionTransfer(Stage):
         q, k, v = self.family.project(attn, x)
         rows, tokens = x.shape[:2]
         one_hot = torch.eye(tokens, device=x.device, dtype=v.dtype)[None, :, None, :]
-        student, _ = attn.heads(
-            x, position_embeddings, batch, values=one_hot.expand(rows, -1, k.shape[2], -1)
-        )
+        student, _ = attn.heads(x, position_embeddings, batch, values=one_hot.expand(rows, -1, k.shape[2], -1))
         with torch.no_grad():
             q, k = self.family.rotate(q, k, *position_embeddings)
             scores = torch.einsum("bihd,bjhd->bhij", q.float(), expand_heads(k, q.shape[2]).float())

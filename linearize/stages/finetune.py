@@ -24,9 +24,7 @@ class LoraSettings(Strict):
     """A LoRA adapter (Hu et al. 2021, arXiv:2106.09685), made by peft."""
 
     r: int = Field(8, gt=0, description="Rank.")
-    alpha: float = Field(
-        16, gt=0, description="Scale; the update is alpha / r times the product of the factors."
-    )
+    alpha: float = Field(16, gt=0, description="Scale; the update is alpha / r times the product of the factors.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: list[str] = Field(
         ["q", "k", "v", "o"],
@@ -50,9 +48,7 @@ class FinetuneConfig(TrainingConfig):
         [],
         description="Shell-style patterns of parameters to train in full, such as '*.mixer.*' or '*' for all.",
     )
-    mixer_lr: float | None = Field(
-        None, gt=0, description="Peak learning rate of mixer parameters. Default: lr."
-    )
+    mixer_lr: float | None = Field(None, gt=0, description="Peak learning rate of mixer parameters. Default: lr.")
 
 
 class Finetune(Stage):
@@ -69,9 +65,7 @@ class Finetune(Stage):
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         config = self.config
         if config.lora is None and not config.train:
-            raise UserError(
-                "stage finetune trains nothing; set lora: {r: 8}, or train: ['*'] for all parameters"
-            )
+            raise UserError("stage finetune trains nothing; set lora: {r: 8}, or train: ['*'] for all parameters")
         chosen = select(model, config.train, "finetune") if config.train else {}
         self.changed = list(chosen)
         if config.lora is None:
@@ -123,9 +117,7 @@ class Finetune(Stage):
 
     def _targets(self, model: nn.Module, targets: list[str]) -> list[str]:
         short = self.family.lora_targets
-        linear = {
-            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
-        }
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         chosen = [short.get(target, target) for target in targets]
         for name in chosen:
             if name not in linear:

@@ -76,9 +76,7 @@ def save_checkpoint(
         old.unlink()
 
 
-def load_checkpoint(
-    folder: Path, parameters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> dict | None:
+def load_checkpoint(folder: Path, parameters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict | None:
     """Put the newest checkpoint's values into the parameters and the optimiser; returns its state, None without one.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -26,20 +27,14 @@ class TrainingConfig(Strict):
         "cosine",
         description="Decay after warm-up; plateau multiplies by 0.1 when the mean loss stops falling.",
     )
-    warmup: float = Field(
-        0.02, ge=0, lt=1, description="Share of the steps in which lr rises linearly from 0."
-    )
-    min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="Last learning rate of a decay, as a share of lr."
-    )
+    warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps in which lr rises linearly from 0.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate of a decay, as a share of lr.")
     plateau_patience: Count = Field(
         50, gt=0, description="Optimiser steps per window whose mean loss the plateau schedule compares."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays.")
-    clip: float | None = Field(
-        1.0, gt=0, description="Largest norm of the whole gradient; null clips nothing."
-    )
+    clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null clips nothing.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="Compute precision; auto is bf16 autocast on GPUs and fp32 on CPUs. Weights train in fp32.",
@@ -56,3 +51,11 @@ class TrainingConfig(Strict):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+    def steps(self, seq_len: int) -> int:
+        """Optimiser steps of `batch_size` sequences that reach `tokens`."""
+        return math.ceil(self.tokens / (self.batch_size * seq_len))
+
+    def trained_tokens(self, seq_len: int) -> int:
+        """Tokens of those steps: `tokens`, rounded up to whole steps."""
+        return self.steps(seq_len) * self.batch_size * seq_len

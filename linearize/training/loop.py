@@ -69,7 +69,7 @@ def train(
         )
     accumulate = config.batch_size // (micro * world)
     per_step = config.batch_size * data.seq_len
-    steps = max(1, math.ceil(config.tokens / per_step))
+    steps = config.steps(data.seq_len)
     optimizer = adamw(_groups(parameters, lr_scale), config)
     plateau = Plateau(config.plateau_patience)
     start = 0
@@ -90,9 +90,7 @@ def train(
     for step in range(start, steps):
         began = time.perf_counter()
         torch.manual_seed(stream_seed(config.seed, step, rank))
-        micros = [
-            {k: v.to(device, non_blocking=True) for k, v in next(feed).items()} for _ in range(accumulate)
-        ]
+        micros = [{k: v.to(device, non_blocking=True) for k, v in next(feed).items()} for _ in range(accumulate)]
         items = _summed(torch.tensor(float(sum(count(m) for m in micros)), device=device), world)
         metrics: Metrics = {}
         for batch in micros:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from linearize.cli.main import main
 
 import linearize
+from linearize.cli.main import main
 from linearize.recipe import Recipe
 
 
@@ -119,9 +119,7 @@ def test_evaluate_leaves_defaults_to_the_function(monkeypatch: pytest.MonkeyPatc
     assert calls == [("folder", {}), ("folder", options)]
 
 
-def test_evaluate_measures_a_checkpoint(
-    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_measures_a_checkpoint(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, report = tmp_path / "text.txt", tmp_path / "new" / "report.json"
     text.write_text("the cat sat on the mat. " * 40)
     line = [
@@ -149,9 +147,7 @@ def test_generate_streams_what_the_model_writes(checkpoint: str, capsys: pytest.
         return capsys.readouterr().out
 
     student = written()
-    assert student.startswith("some words to begin with") and len(student.strip()) > len(
-        "some words to begin with"
-    )
+    assert student.startswith("some words to begin with") and len(student.strip()) > len("some words to begin with")
     assert written() == student
     teacher = written("--teacher")
     assert teacher != student and teacher.startswith("some words to begin with")

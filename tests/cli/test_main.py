@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from linearize.cli import convert as convert_command
-from linearize.cli import main as entry
 
 from linearize import __version__
+from linearize.cli import convert as convert_command
+from linearize.cli import main as entry
 from linearize.errors import UserError
 
 COMMANDS = ["bench", "convert", "doctor", "evaluate", "generate", "plan", "recipes"]
@@ -80,9 +80,7 @@ def stop_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert_command, "run", run)
 
 
-def test_a_user_error_is_only_its_message(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_user_error_is_only_its_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stop_with(UserError("the disk is full"), monkeypatch)
     assert entry.main(["convert"]) == 2
     assert capsys.readouterr().err == "error: the disk is full\n"

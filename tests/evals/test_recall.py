@@ -40,9 +40,7 @@ def test_several_facts_are_spread_and_any_of_them_is_asked(tokenizer, filler):
         assert text.count("The special number for") == 5  # four facts, and the start of the answer
         before, fact, _ = text.partition(f"\nThe special number for {item.word} is {item.number}.\n")
         assert fact
-        question = len(
-            tokenizer(f"\nWhat is the special number for {item.word}? The special number for x is")
-        )
+        question = len(tokenizer(f"\nWhat is the special number for {item.word}? The special number for x is"))
         assert item.distance <= 300 + 4 * 20 and item.distance < len(item.input_ids) - question
         asked.add(before.count("The special number for"))
     assert asked == {0, 1, 2, 3}

@@ -72,9 +72,7 @@ def test_only_import_statements_change(mine: Callable[[str], str]) -> None:
         ("from linearize.swap import *", r"`from linearize.swap import \*` does not name"),
     ],
 )
-def test_code_that_could_not_load_is_refused_by_name(
-    mine: Callable[[str], str], code: str, message: str
-) -> None:
+def test_code_that_could_not_load_is_refused_by_name(mine: Callable[[str], str], code: str, message: str) -> None:
     key = mine(code)
     module = key.partition(":")[0]
     with pytest.raises(UserError, match=f"^{module} cannot be copied into a checkpoint: .*{message}"):

@@ -29,9 +29,7 @@ def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
 @every_layout
 def test_prompt_lookup_rolls_back(converted: Any, key: str, layers: str) -> None:
     model, ids = converted(key, layers), prompt(1, 7).repeat(1, 3)  # repeats, so that lookups find candidates
-    torch.testing.assert_close(
-        generate(model, ids, prompt_lookup_num_tokens=4), generate(model, ids, use_cache=False)
-    )
+    torch.testing.assert_close(generate(model, ids, prompt_lookup_num_tokens=4), generate(model, ids, use_cache=False))
 
 
 @every_mixer
@@ -46,9 +44,7 @@ def test_assisted_by_a_converted_model(converted: Any, key: str) -> None:
 
 @every_mixer
 @every_layout
-@pytest.mark.parametrize(
-    "removed", [1, 6, 10, 17]
-)  # inside the last call, all of it, and into the padded one before
+@pytest.mark.parametrize("removed", [1, 6, 10, 17])  # inside the last call, all of it, and into the padded one before
 @torch.no_grad()
 def test_crop_equals_never_having_seen_them(converted: Any, key: str, layers: str, removed: int) -> None:
     model, ids, more = converted(key, layers), prompt(3, 30), prompt(3, 5, seed=2)
@@ -77,7 +73,5 @@ def test_crop_equals_never_having_seen_them(converted: Any, key: str, layers: st
 
 def test_crop_without_a_record_is_an_error(converted: Any) -> None:
     cache = converted(registry.keys("mixers")[0])(prompt(), use_cache=True).past_key_values
-    with pytest.raises(
-        NotImplementedError, match=r"its past was not recorded; call `cache.activate_past_recording"
-    ):
+    with pytest.raises(NotImplementedError, match=r"its past was not recorded; call `cache.activate_past_recording"):
         cache.crop(-1)

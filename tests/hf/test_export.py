@@ -80,9 +80,7 @@ def in_clean_process(tmp_path: Path, folders: list[Path]) -> dict[str, torch.Ten
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
     files = [tmp_path / "ids.safetensors", tmp_path / "out.safetensors"]
-    done = subprocess.run(
-        [sys.executable, "-I", script, *files, *folders], env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-I", script, *files, *folders], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return load_file(tmp_path / "out.safetensors")
 

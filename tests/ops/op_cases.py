@@ -23,9 +23,7 @@ class Case:
     decay: str
     op: Callable
 
-    def inputs(
-        self, B: int, T: int, H: int = 2, K: int = 8, V: int = 6, *, groups: int = 1, seed: int = 0
-    ) -> Tensors:
+    def inputs(self, B: int, T: int, H: int = 2, K: int = 8, V: int = 6, *, groups: int = 1, seed: int = 0) -> Tensors:
         torch.manual_seed(seed)
         q, k, v = torch.randn(B, T, H * groups, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
         if self.decay == "none":

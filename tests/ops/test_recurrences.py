@@ -101,9 +101,7 @@ def test_padding_changes_neither_state_nor_real_tokens(case: Case, backend: str)
 def test_padded_step_leaves_state_bit_identical(case: Case):
     _, state = case.run(case.inputs(2, 9))
     _, after = case.run(case.inputs(2, 1, seed=1), state=state, mask=torch.tensor([[True], [False]]))
-    assert all(
-        torch.equal(x[1], y[1]) and not torch.equal(x[0], y[0]) for x, y in zip(after, state, strict=True)
-    )
+    assert all(torch.equal(x[1], y[1]) and not torch.equal(x[0], y[0]) for x, y in zip(after, state, strict=True))
 
 
 @every_case
@@ -141,9 +139,7 @@ def test_linear_attention_takes_keys_that_lag_behind(shift: int):
     seen = (documents[:, :, None] == lagging[:, None, :]) & torch.ones(T, T, dtype=torch.bool).tril()
     scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double()) * seen[:, None]
     assert_close([num, den], [torch.einsum("bhts,bshd->bthd", scores, v.double()), scores.sum(-1).mT], 1e-5)
-    *_, (S_naive, z_naive) = linear_attention(
-        q, k, v, documents=documents, key_documents=lagging, backend="naive"
-    )
+    *_, (S_naive, z_naive) = linear_attention(q, k, v, documents=documents, key_documents=lagging, backend="naive")
     assert_close([S, z], [S_naive, z_naive], 1e-5)
 
 

@@ -27,9 +27,7 @@ def qkv(B: int, T: int, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> lis
 
 def attend(inputs: list[torch.Tensor], window: int, sinks: int = 0, **options):
     """([out, lse, max], state)"""
-    *results, state = window_attention(
-        *inputs, window=window, scale=SCALE, sinks=sinks, return_max=True, **options
-    )
+    *results, state = window_attention(*inputs, window=window, scale=SCALE, sinks=sinks, return_max=True, **options)
     return results, state
 
 
@@ -54,9 +52,7 @@ def test_forward_equals_definition_on_long_rows():
 
 def test_definition_is_causal_softmax_when_the_window_holds_everything():
     q, k, v = (x.double() for x in qkv(2, 50, kv_heads=4))
-    expected = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=SCALE
-    )
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=SCALE)
     out, lse, top = naive(q, k, v, window=50, scale=SCALE)
     assert_close([out], [expected.transpose(1, 2)], 1e-12)
     assert_close([lse[:, :1], top[:, :1]], [SCALE * (q * k).sum(-1)[:, :1]] * 2, 1e-12)
@@ -144,10 +140,7 @@ def test_state_has_constant_size_and_holds_the_last_tokens():
     assert {name: x.shape for name, x in state.items()} == {name: x.shape for name, x in fresh.items()}
     assert torch.equal(state["k"], k[:, -4:]) and torch.equal(state["sink_v"], v[:, :2])
     _, short = attend([x[:, :3] for x in (q, k, v)], 4, 2)
-    assert (
-        torch.equal(short["k"][:, 1:], k[:, :3])
-        and short["valid"].tolist() == [[False, True, True, True]] * 2
-    )
+    assert torch.equal(short["k"][:, 1:], k[:, :3]) and short["valid"].tolist() == [[False, True, True, True]] * 2
     assert "sink_k" not in attend([q, k, v], 4, 0)[1]
 
 
@@ -174,9 +167,7 @@ def test_last_document_continues_behind_padding():
     inputs, next_token = qkv(1, 42), qkv(1, 1, seed=5)
     _, state = attend(inputs, 16, 3, documents=documents, mask=mask)
     _, alone_state = attend([x[:, 30:37] for x in inputs], 16, 3)
-    assert_close(
-        attend(next_token, 16, 3, state=state)[0], attend(next_token, 16, 3, state=alone_state)[0], 1e-6
-    )
+    assert_close(attend(next_token, 16, 3, state=state)[0], attend(next_token, 16, 3, state=alone_state)[0], 1e-6)
 
 
 @pytest.mark.parametrize("T", [1, 70])
@@ -262,9 +253,7 @@ def test_leaving_names_the_tokens_that_fall_out(window: int, sinks: int):
 def test_leaving_respects_padding_and_documents():
     k = torch.arange(12.0).reshape(1, 12, 1, 1)
     documents = document_rows([[7, 5]])
-    k_out, _, valid, key_documents = leaving(
-        k, k, window=3, sinks=1, documents=documents, mask=right_padding([11], 12)
-    )
+    k_out, _, valid, key_documents = leaving(k, k, window=3, sinks=1, documents=documents, mask=right_padding([11], 12))
     left = {t: int(k_out[0, t]) for t in range(12) if valid[0, t]}
     assert left == {4: 1, 5: 2, 6: 3}
     assert key_documents is not None and key_documents[0].tolist() == [0] * 10 + [1] * 2

@@ -26,6 +26,12 @@ class FeatureMapConfig:
     dim: int | None = None
     """Columns of the learned map per head; hedgehog gives twice as many features. Default: the head dimension."""
 
+    def __post_init__(self) -> None:
+        if self.type not in MAPS:
+            raise ValueError(f"unknown feature map {self.type!r}{did_you_mean(self.type, MAPS)}")
+        if self.dim is not None and self.dim < 1:
+            raise ValueError(f"feature_map.dim must be at least 1, got {self.dim}")
+
 
 class FeatureMap(nn.Module):
     """Base class: `features` is F, the size of what `forward` returns per head."""
@@ -66,11 +72,5 @@ MAPS = {"hedgehog": Hedgehog}
 
 
 def feature_map(config: FeatureMapConfig, heads: int, dim: int) -> FeatureMap:
-    """Build the map that `config` names for `heads` heads of size `dim`.
-
-    Raises:
-        ValueError: for an unknown map.
-    """
-    if config.type not in MAPS:
-        raise ValueError(f"unknown feature map {config.type!r}{did_you_mean(config.type, MAPS)}")
+    """Build the map that `config` names for `heads` heads of size `dim`."""
     return MAPS[config.type](heads, dim, config.dim or dim)
