@@ -18,13 +18,13 @@ def mse(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None)
 
 
 def cosine(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """One minus the cosine over the last dimension, mean over the others (heads), summed over tokens; shapes as `mse`."""
+    """One minus the cosine over the last dimension, mean over heads, summed over tokens; shapes as `mse`."""
     distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
     return _kept(distance.flatten(2).mean(-1) if distance.ndim > 2 else distance, keep).sum()
 
 
 def weight_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """Cross-entropy between attention weights, mean over heads, summed over queries (Hedgehog, arXiv:2402.04347, eq. 8).
+    """Cross-entropy of attention weights, mean over heads, summed over queries (Hedgehog, arXiv:2402.04347, eq. 8).
 
     Args:
         student, teacher: [B, H, T, T] rows that sum to one; the teacher's zeros are ignored.

@@ -1,14 +1,15 @@
 """The whole story of a conversion: recipe -> plan -> swap -> stages -> checkpoint -> measurements.
 
 `convert(recipe, out)` leaves a Hugging Face checkpoint in `out` and everything it did in `out/run`: the resolved
-recipe, the plan, each stage's metrics and result, and the measurements. Killed at any time, it resumes.
+recipe, each stage's metrics and result, and the measurements. Killed at any time, it resumes. Under torchrun all
+processes train and the main one writes.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from linearize.recipe import Recipe
 from linearize.registry import find
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
-from linearize.training.config import TrainingConfig
+from linearize.training.processes import is_main, wait_for_all
 
 
 def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, say: Callable = print) -> Path:
@@ -49,8 +50,11 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         UserError: for everything a recipe, a model or a machine can do wrong; nothing on disk is lost.
     """
     out = Path(out if out is not None else f"{Path(recipe.model.name).name}-{recipe.mixer['type']}")
+    if not is_main():
+        say = _nothing
     plan = plan_of(recipe)
-    claim(out, recipe, resume)
+    if is_main():
+        claim(out, recipe, resume)
     say(str(plan))
     model, tokenizer = load(
         plan.source,
@@ -60,27 +64,26 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         trust_remote_code=recipe.model.trust_remote_code,
         revision=recipe.model.revision,
     )
+    stages = stages_of(recipe, plan.family)
+    lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
+    data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]
     swap(model, plan, recipe.seed)
     points = _Points(out / "run" / "measurements.json", recipe, tokenizer)
     with teacher_path(model):
         points.take("teacher", model)
     points.take("untrained", model)
-    stage = None
-    configs = recipe.stage_configs()
-    for index, (config, label) in enumerate(zip(configs, _labels(configs), strict=True)):
-        stage = find("stages", config.type, Stage)(config, find("families", plan.family, Family))
-        text = recipe.data.model_copy(update={"seq_len": config.seq_len or recipe.data.seq_len})
-        data = prepare(text, tokenizer)
-        started = time.perf_counter()
-        stage.run(model, data, out / "run" / f"{index}-{config.type}", resume=resume)
-        points.add_training(config.trained_tokens(data.seq_len), time.perf_counter() - started)
+    for index, (stage, rows, label) in enumerate(zip(stages, data, _labels(stages), strict=True)):
+        seconds = stage.run(model, rows, out / "run" / f"{index}-{stage.config.type}", resume=resume)
+        points.add_training(stage.config.trained_tokens(rows.seq_len), seconds)
         points.take(label, model)
-    files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
-    options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
-    if stage is not None and stage.adapter is not None:
-        export_adapter(stage.adapter, tokenizer, out, **options)
-    else:
-        export(model, tokenizer, out, **options)
+    if is_main():
+        files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
+        options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
+        if stages and stages[-1].adapter is not None:
+            export_adapter(stages[-1].adapter, tokenizer, out, **options)
+        else:
+            export(model, tokenizer, out, **options)
+    wait_for_all()
     if points.taken:
         say(comparison_table(list(points.taken.items())))
     say(f"checkpoint written to {out}")
@@ -88,10 +91,26 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
 
 
 def plan_of(recipe: Recipe) -> Plan:
-    """The plan of a recipe, from its model's configuration alone; no weights are loaded."""
+    """The plan of a recipe, from its model's configuration alone; no weights are loaded.
+
+    Raises:
+        UserError: for all that `make_plan` refuses, and for stages that would find nothing to train.
+    """
     source = recipe.model
     config = load_config(recipe.resolved_model(), trust_remote_code=source.trust_remote_code, revision=source.revision)
-    return make_plan(recipe, config)
+    plan = make_plan(recipe, config)
+    with torch.device("meta"):
+        skeleton = find("families", plan.family, Family).model_class(copy.deepcopy(config))
+        linearized(skeleton, plan.family, plan.description())
+    for stage in stages_of(recipe, plan.family):
+        stage.check(skeleton)
+    return plan
+
+
+def stages_of(recipe: Recipe, family: str) -> list[Stage]:
+    """The recipe's stages, ready to run on a model of `family`."""
+    found = find("families", family, Family)
+    return [find("stages", config.type, Stage)(config, found) for config in recipe.stage_configs()]
 
 
 def swap(model: Any, plan: Plan, seed: int) -> None:
@@ -157,16 +176,22 @@ class _Points:
         found = measure(model, self.tokenizer, config, token_ids=self.text, seq_len=self.recipe.data.seq_len)
         found.tokens, found.seconds = self.tokens, self.seconds
         self.taken[name] = found
+        if not is_main():
+            return
         partial = self.path.with_suffix(".partial")
         with disk_full(self.path.parent):
             partial.write_text(json.dumps([(n, m.to_dict()) for n, m in self.taken.items()], indent=1))
         os.replace(partial, self.path)
 
 
-def _labels(configs: list[TrainingConfig]) -> list[str]:
+def _labels(stages: list[Stage]) -> list[str]:
     """A name for the point after each stage: its type, numbered where a type comes twice."""
-    types = [config.type for config in configs]
+    types = [stage.config.type for stage in stages]
     return [f"after {t} {i + 1}" if types.count(t) > 1 else f"after {t}" for i, t in enumerate(types)]
+
+
+def _nothing(text: str) -> None:
+    """What the processes besides the main one say."""
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -42,32 +42,34 @@ class Batch:
 
 
 def read_batch(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, tokens: int, has_past: bool
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, rows: int, tokens: int, has_past: bool
 ) -> Batch:
     """Turn Hugging Face's mask and position ids into a `Batch`.
 
     Args:
         attention_mask: [B, past + T], 1 for real tokens; a 4-D or absent mask says nothing about padding.
-        position_ids: [B, T]; where they do not rise by one, a packed document begins (only read without a mask and
+        position_ids: [B or 1, T]; where they do not rise by one, a packed document begins (only read without a mask and
             without a past, as Hugging Face's own masks do).
+        rows: B.
         tokens: T.
         has_past: whether a cache already holds tokens.
     """
     if attention_mask is not None:
-        if attention_mask.ndim != 2 or tokens == 1:
+        if attention_mask.ndim != 2:
             return Batch(None, None, None, None)
-        mask = attention_mask[:, -tokens:].bool()
-        return _padded(mask)
+        return _padded(attention_mask[:, -tokens:].bool())
     if position_ids is None or has_past or position_ids.ndim != 2:
         return Batch(None, None, None, None)
     begins = position_ids[:, 1:] - position_ids[:, :-1] != 1
     if not begins.any():
         return Batch(None, None, None, None)
     documents = torch.nn.functional.pad(begins.cumsum(1), (1, 0))
-    return Batch(None, documents, None, None)
+    return Batch(None, documents.expand(rows, -1), None, None)
 
 
 def _padded(mask: torch.Tensor) -> Batch:
+    if mask.shape[1] == 1 and torch.compiler.is_compiling():
+        return Batch(mask, None, None, None)  # a compiled decoding step cannot branch on data
     if mask.all():
         return Batch(None, None, None, None)
     if not (mask[:, 1:] & ~mask[:, :-1]).any():
@@ -121,7 +123,7 @@ class SwappedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         if self.teacher:
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
@@ -129,7 +131,7 @@ class SwappedAttention(nn.Module):
                 **kwargs,
             )
         batch = linearize_batch or Batch(None, None, None, None)
-        memory = None if past_key_values is None else state_layer(past_key_values, int(self.layer_idx))
+        memory = None if past_key_values is None else state_layer(past_key_values, int(self.layer_idx))  # type: ignore[arg-type]
         state = None if memory is None else memory.state
         y, state = self.heads(hidden_states, position_embeddings, batch, state)
         if memory is not None:
@@ -183,7 +185,8 @@ def _attach_batch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     past = kwargs.get("past_key_values")
     has_past = past is not None and past.get_seq_length() > 0
-    batch = read_batch(mask, kwargs.get("position_ids"), inputs.shape[1], has_past)
+    rows, tokens = inputs.shape[:2]
+    batch = read_batch(mask, kwargs.get("position_ids"), rows, tokens, has_past)
     return args, {**kwargs, "linearize_batch": batch}
 
 

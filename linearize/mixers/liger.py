@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from linearize.mixers.base import Backend, Context, Mixer, State
 from linearize.ops.gla import gla
+from linearize.ops.layout import working_dtype
 from linearize.ops.window import window_attention
 
 
@@ -70,7 +71,7 @@ class Liger(Mixer):
             q.softmax(-1),
             k.softmax(-1),
             v,
-            F.logsigmoid(k.float()) / config.gate_normalizer,
+            F.logsigmoid(k.to(working_dtype(k))) / config.gate_normalizer,
             scale=1.0,
             mask=ctx.mask,
             documents=ctx.documents,

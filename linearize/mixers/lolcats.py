@@ -116,6 +116,6 @@ class Lolcats(Mixer):
             return out, after
         if "window" in self.disabled:
             return normalized(num, den).to(v.dtype), after
-        weight = self.window_factor.float().sigmoid() * (lse - peak).exp()  # [B, T, Hq], the window's share
+        weight = self.window_factor.to(lse.dtype).sigmoid() * (lse - peak).exp()  # [B, T, Hq], the window's share
         y = (weight[..., None] * out + num) / (weight + den)[..., None]
         return y.to(v.dtype), after

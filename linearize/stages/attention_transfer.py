@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from linearize.errors import UserError
@@ -41,31 +41,50 @@ class AttentionTransferConfig(TrainingConfig):
     clip: float | None = Field(None, gt=0, description="Largest norm of the whole gradient; null clips nothing.")
     train: list[str] = Field(["*.mixer.*"], description="Shell-style patterns of the parameters to train.")
 
+    @model_validator(mode="after")
+    def _no_request_is_ignored(self) -> AttentionTransferConfig:
+        if self.loss == "weights" and self.where == "output":
+            raise ValueError("loss weights compares attention weights, so where: output has no meaning; leave it out")
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "attention_transfer never holds more than one layer's activations, so gradient_checkpointing would "
+                "save nothing; leave it out"
+            )
+        return self
+
 
 class AttentionTransfer(Stage):
     """See the module docstring."""
 
     Config = AttentionTransferConfig
+    dropout = False  # the teacher's targets are to be exact
     config: AttentionTransferConfig
 
+    def check(self, model: Any) -> None:
+        self.prepare(model)
+
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
-        if not any(name.count(".mixer.") for name, _ in model.named_parameters()) and self.config.train == [
-            "*.mixer.*"
-        ]:
-            kinds = sorted({type(attn.mixer).__name__ for attn in swapped(model).values()})
+        mixers = {type(attn.mixer).__name__: next(attn.mixer.parameters(), None) for attn in swapped(model).values()}
+        if all(parameter is None for parameter in mixers.values()):
             raise UserError(
-                f"stage attention_transfer has nothing to train: {', '.join(kinds)} adds no parameters; remove the stage "
-                "or set train to patterns of the model's own parameters"
+                f"stage attention_transfer has nothing to train: {', '.join(sorted(mixers))} adds no parameters; "
+                "remove the stage"
             )
-        return select(model, self.config.train, "attention_transfer")
+        chosen = select(model, self.config.train, "attention_transfer")
+        if shared := [name for name in chosen if ".mixer." not in name]:
+            raise UserError(
+                f"stage attention_transfer trains mixers only, but train matches {shared[0]!r}, which the teacher "
+                "shares; use patterns such as '*.mixer.*' here, and train the rest in a finetune stage"
+            )
+        return chosen
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
         metrics: Metrics = {}
-        layers = swapped(model)
         hooks = []
-        for index, attn in enumerate(layers.values()):
-            probe = _Probe(self, index, weight, batch.get("attention_mask"), metrics)
-            hooks.append(self.family.output_projection(attn).register_forward_pre_hook(probe.see_heads))
+        for attn in swapped(model).values():
+            probe = _Probe(self, weight, batch.get("attention_mask"), metrics)
+            if self.config.where == "heads":
+                hooks.append(self.family.output_projection(attn).register_forward_pre_hook(probe.see_heads))
             hooks.append(attn.register_forward_hook(probe.see_layer, with_kwargs=True))
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         try:
@@ -127,25 +146,23 @@ class AttentionTransfer(Stage):
 class _Probe:
     """The hooks on one layer during one forward pass: they catch the teacher's outputs and train the mixer on them."""
 
-    def __init__(
-        self, stage: AttentionTransfer, index: int, weight: float, mask: torch.Tensor | None, metrics: Metrics
-    ):
-        self.stage, self.index, self.weight, self.metrics = stage, index, weight, metrics
+    def __init__(self, stage: AttentionTransfer, weight: float, mask: torch.Tensor | None, metrics: Metrics):
+        self.stage, self.weight, self.metrics = stage, weight, metrics
         self.keep = None if mask is None else mask.bool()
         self.heads: torch.Tensor | None = None
 
     def see_heads(self, module: nn.Module, args: tuple) -> None:
         """Before the output projection: remember the teacher's heads."""
-        if self.heads is None:
-            self.heads = args[0].detach()
+        self.heads = args[0]
 
     def see_layer(self, attn: Any, args: tuple, kwargs: dict, output: tuple) -> None:
         """After the teacher's attention: run the mixer on the same input, with gradients, and backpropagate."""
         x = args[0] if args else kwargs["hidden_states"]
-        teacher = output[0] if self.stage.config.where == "output" else self.heads
+        teacher = output[0] if self.heads is None else self.heads
+        self.heads = None  # a reference that stayed would keep one such tensor per layer alive
         with torch.enable_grad():
             loss = self.stage.layer_loss(
-                attn, x.detach(), kwargs["position_embeddings"], kwargs["linearize_batch"], teacher, self.keep
+                attn, x, kwargs["position_embeddings"], kwargs["linearize_batch"], teacher, self.keep
             )
             (loss * (self.weight * self.stage.config.loss_scale)).backward()
-        self.metrics[f"layer_{self.index}"] = loss.detach() * self.stage.config.loss_scale
+        self.metrics[f"layer_{attn.layer_idx}"] = loss.detach() * self.stage.config.loss_scale

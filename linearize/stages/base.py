@@ -16,9 +16,10 @@ from torch import nn
 from linearize.data import PackedDataset
 from linearize.errors import UserError
 from linearize.families.base import Family
-from linearize.training.checkpoint import read_tensors, write_tensors
+from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics, train
+from linearize.training.processes import is_main
 
 
 class Stage:
@@ -30,12 +31,17 @@ class Stage:
     """
 
     Config: ClassVar[type[TrainingConfig]]
+    dropout: ClassVar[bool] = True
+    """Whether the model is in training mode while the stage runs, with the dropout that its config asks for."""
     adapter: Any = None
-    """The peft model that holds an adapter which was not merged, after the stage has run; exported beside the weights."""
+    """The peft model of an adapter that was not merged, after the stage has run; exported beside the weights."""
 
     def __init__(self, config: Any, family: type[Family]):
         self.config = config
         self.family = family
+
+    def check(self, model: Any) -> None:
+        """Raise the errors that `prepare` would, and change nothing; `model` may lie on the meta device."""
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         """Ready the model for this stage (hooks, adapters) and return the parameters to train, by full name."""
@@ -68,7 +74,7 @@ class Stage:
         """Factor on the learning rate for the parameter `name`."""
         return 1.0
 
-    def run(self, model: Any, data: PackedDataset, folder: Path, resume: bool = False) -> None:
+    def run(self, model: Any, data: PackedDataset, folder: Path, resume: bool = False) -> float:
         """Run the stage, or restore its result when `resume` finds it finished.
 
         Args:
@@ -76,12 +82,17 @@ class Stage:
             data: packed sequences.
             folder: the stage's own folder, for metrics, checkpoints and the result.
             resume: continue from what an earlier, interrupted run left in `folder`.
+
+        Returns:
+            Seconds of training, those of interrupted and finished runs included.
         """
         result = folder / "result.safetensors"
         if resume and result.exists():
+            tensors, state = read_tensors(result)
             with torch.no_grad():
-                self.restore(model, read_tensors(result)[0])
-            return
+                self.restore(model, tensors)
+            remove_checkpoints(folder)
+            return state["seconds"]
         for p in model.parameters():
             p.requires_grad_(False)
         parameters = self.prepare(model)
@@ -89,10 +100,10 @@ class Stage:
         for p in parameters.values():
             p.data = p.data.float()
             p.requires_grad_(True)
-        model.train()
+        model.train(self.dropout)
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        train(
+        seconds = train(
             self.config,
             parameters,
             data,
@@ -109,9 +120,11 @@ class Stage:
             p.data = p.data.to(dtypes[name])
             p.requires_grad_(False)
         with torch.no_grad():
-            write_tensors(result, self.finish(model, parameters), {"type": self.config.type})
-        for leftover in folder.glob("step-*.safetensors"):
-            leftover.unlink()
+            changed = self.finish(model, parameters)
+        if is_main():
+            write_tensors(result, changed, {"type": self.config.type, "seconds": seconds})
+            remove_checkpoints(folder)
+        return seconds
 
 
 def select(model: nn.Module, patterns: list[str], stage: str) -> dict[str, nn.Parameter]:

@@ -62,11 +62,17 @@ class Finetune(Stage):
         self.adapter: PeftModel | None = None
         self.changed: list[str] = []
 
-    def prepare(self, model: Any) -> dict[str, nn.Parameter]:
-        config = self.config
-        if config.lora is None and not config.train:
+    def check(self, model: Any) -> None:
+        if self.config.lora is None and not self.config.train:
             raise UserError("stage finetune trains nothing; set lora: {r: 8}, or train: ['*'] for all parameters")
-        chosen = select(model, config.train, "finetune") if config.train else {}
+        select(model, self.config.train, "finetune")
+        if self.config.lora is not None:
+            self._targets(model, self.config.lora.targets)
+
+    def prepare(self, model: Any) -> dict[str, nn.Parameter]:
+        self.check(model)
+        config = self.config
+        chosen = select(model, config.train, "finetune")
         self.changed = list(chosen)
         if config.lora is None:
             return chosen
@@ -74,7 +80,7 @@ class Finetune(Stage):
         self.changed += [f"{n}.weight" for n, _ in model.named_modules() if n.rpartition(".")[2] in targets]
         settings = LoraConfig(
             r=config.lora.r,
-            lora_alpha=config.lora.alpha,
+            lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes any number
             lora_dropout=config.lora.dropout,
             use_dora=config.lora.dora,
             target_modules=targets,
@@ -95,7 +101,7 @@ class Finetune(Stage):
         return int((batch["labels"][:, 1:] != -100).sum())
 
     def finish(self, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        if self.adapter is not None and self.config.lora.merge:
+        if self.adapter is not None and self.config.lora and self.config.lora.merge:
             self.adapter.merge_and_unload()
             self.adapter = None
         state = model.state_dict()

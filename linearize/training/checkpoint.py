@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def save_checkpoint(
     folder: Path,
     step: int,
-    parameters: dict[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     state: dict,
 ) -> None:
@@ -76,7 +77,15 @@ def save_checkpoint(
         old.unlink()
 
 
-def load_checkpoint(folder: Path, parameters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict | None:
+def remove_checkpoints(folder: Path) -> None:
+    """Remove what `save_checkpoint` wrote, once the stage's result is on disk."""
+    for path in folder.glob("step-*.safetensors"):
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict | None:
     """Put the newest checkpoint's values into the parameters and the optimiser; returns its state, None without one.
 
     Raises:

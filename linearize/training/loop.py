@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
+from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
 from linearize.data import PackedDataset, batches
@@ -27,6 +28,7 @@ from linearize.errors import UserError, disk_full
 from linearize.training.checkpoint import load_checkpoint, save_checkpoint
 from linearize.training.config import TrainingConfig
 from linearize.training.optim import Plateau, adamw, decay
+from linearize.training.processes import processes, summed
 
 Batch = dict[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor]
@@ -42,7 +44,7 @@ def train(
     count: Callable[[Batch], int],
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     resume: bool = False,
-) -> None:
+) -> float:
     """Train `parameters` in place.
 
     Args:
@@ -56,77 +58,61 @@ def train(
         lr_scale: factor on the learning rate by parameter name.
         resume: start from the newest checkpoint in `folder` if there is one.
 
+    Returns:
+        Seconds that the optimiser steps took, those before a resume included.
+
     Raises:
-        UserError: when the loss stops being finite, the disk is full, or a checkpoint is damaged.
+        UserError: when the loss or a gradient stops being finite, the disk is full, or a checkpoint is damaged.
     """
-    accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
-    world, rank = accelerator.num_processes, accelerator.process_index
-    micro = config.micro_batch_size or config.batch_size
-    if config.batch_size % (micro * world):
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide into {world} processes of micro_batch_size {micro}; "
-            f"make it a multiple of {micro * world}"
-        )
-    accumulate = config.batch_size // (micro * world)
-    per_step = config.batch_size * data.seq_len
-    steps = config.steps(data.seq_len)
-    optimizer = adamw(_groups(parameters, lr_scale), config)
-    plateau = Plateau(config.plateau_patience)
-    start = 0
-    if resume and (state := load_checkpoint(folder, parameters, optimizer)):
-        start, plateau = state["step"], Plateau(**state["plateau"])
-    log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
-    accelerator.init_trackers("tensorboard")
     device = next(iter(parameters.values())).device
+    accelerator = _accelerator(folder, device)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    micro, accumulate = _split(config, world)
+    per_step, steps = config.batch_size * data.seq_len, config.steps(data.seq_len)
+    optimizer = adamw(_groups(parameters, lr_scale), config)
+    start, seconds, plateau = 0, 0.0, Plateau(config.plateau_patience)
+    if resume and (state := load_checkpoint(folder, parameters, optimizer)):
+        start, seconds, plateau = state["step"], state["seconds"], Plateau(**state["plateau"])
+    log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     feed = batches(data, micro, config.seed, start * accumulate, rank, world)
-    bar = tqdm(
+    with tqdm(
         total=steps * per_step,
         initial=start * per_step,
         desc=config.type,
         unit="tok",
         unit_scale=True,
         disable=not accelerator.is_local_main_process,
-    )
-    for step in range(start, steps):
-        began = time.perf_counter()
-        torch.manual_seed(stream_seed(config.seed, step, rank))
-        micros = [{k: v.to(device, non_blocking=True) for k, v in next(feed).items()} for _ in range(accumulate)]
-        items = _summed(torch.tensor(float(sum(count(m) for m in micros)), device=device), world)
-        metrics: Metrics = {}
-        for batch in micros:
-            with autocast(config, device):
-                for key, value in backward(batch, 1 / max(1.0, float(items))).items():
-                    metrics[key] = metrics.get(key, torch.zeros((), device=device)) + value.detach()
-        if world > 1:
-            for p in parameters.values():
-                dist.all_reduce(p.grad)
-        values = {key: float(_summed(value, world) / items) for key, value in metrics.items()}
-        _check_finite(values["loss"], step, config, folder)
-        factor = decay(config, step, steps) * plateau.factor
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * factor * group["lr_scale"]
-        if config.clip is not None:
-            values["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if config.schedule == "plateau":
-            plateau.update(values["loss"])
-        seconds = time.perf_counter() - began
-        values |= {
-            "lr": config.lr * factor,
-            "tokens": (step + 1) * per_step,
-            "tokens_per_second": per_step / seconds,
-        }
-        bar.update(per_step)
-        bar.set_postfix(loss=f"{values['loss']:.4g}", lr=f"{values['lr']:.2g}", refresh=False)
-        if step % config.log_every == 0 or step == steps - 1:
-            accelerator.log(values, step=step)
-            if log:
-                log.write(step, values)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < steps and accelerator.is_main_process:
-            save_checkpoint(folder, step + 1, dict(parameters), optimizer, {"plateau": asdict(plateau)})
-    bar.close()
-    accelerator.end_training()
+    ) as bar:
+        for step in range(start, steps):
+            began = time.perf_counter()
+            torch.manual_seed(stream_seed(config.seed, step, rank))
+            micros = [{k: v.to(device, non_blocking=True) for k, v in next(feed).items()} for _ in range(accumulate)]
+            values = _gradients(config, parameters, micros, backward, count)
+            values["grad_norm"] = float(clip_grad_norm_(parameters.values(), config.clip or math.inf))
+            factor = decay(config, step, steps) * plateau.factor
+            values["lr"] = config.lr * factor
+            _check_finite(values, step, config, folder)
+            for group in optimizer.param_groups:
+                group["lr"] = values["lr"] * group["lr_scale"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if config.schedule == "plateau":
+                plateau.update(values["loss"])
+            took = time.perf_counter() - began
+            seconds += took
+            values |= {"tokens": (step + 1) * per_step, "tokens_per_second": per_step / took}
+            bar.set_postfix(loss=f"{values['loss']:.4g}", lr=f"{values['lr']:.2g}", refresh=False)
+            bar.update(per_step)
+            if step % config.log_every == 0 or step == steps - 1:
+                accelerator.log(values, step=step)
+                if log:
+                    log.write(step, values)
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < steps and accelerator.is_main_process:
+                state = {"plateau": asdict(plateau), "seconds": seconds}
+                save_checkpoint(folder, step + 1, parameters, optimizer, state)
+    for tracker in accelerator.trackers:  # not end_training(), which would also end the process group of later stages
+        tracker.finish()
+    return seconds
 
 
 def stream_seed(*parts: int) -> int:
@@ -146,18 +132,62 @@ class MetricsLog:
     """metrics.jsonl: one JSON object a line; a resumed run drops the lines that it is about to write again."""
 
     def __init__(self, path: Path, start: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists():
             lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
             kept = [line for line in lines if json.loads(line)["step"] < start]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        partial = path.with_suffix(".partial")
+        with disk_full(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(partial, path)
         self._path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one step's values."""
         with disk_full(self._path.parent), open(self._path, "a") as file:
             file.write(json.dumps({"step": step, **{k: round(v, 7) for k, v in values.items()}}) + "\n")
+
+
+def _accelerator(folder: Path, device: torch.device) -> Accelerator:
+    """Joins the processes that torchrun started, over gloo for a model on CPUs, and opens the TensorBoard log."""
+    on_cpu = processes() > 1 and device.type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, log_with="tensorboard", project_dir=str(folder))
+    assert accelerator.num_processes == processes(), "accelerate did not join the processes"
+    accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def _split(config: TrainingConfig, world: int) -> tuple[int, int]:
+    """Sequences per forward pass, and forward passes per step, of one of `world` processes."""
+    micro = config.micro_batch_size or max(1, config.batch_size // world)
+    if config.batch_size % (micro * world):
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide into {world} processes of micro_batch_size {micro}; "
+            f"make it a multiple of {micro * world}"
+        )
+    return micro, config.batch_size // (micro * world)
+
+
+def _gradients(
+    config: TrainingConfig,
+    parameters: dict[str, torch.nn.Parameter],
+    micros: list[Batch],
+    backward: Callable[[Batch, float], Metrics],
+    count: Callable[[Batch], int],
+) -> dict[str, float]:
+    """Fill `.grad` with the mean gradient over this step's items of all processes; returns the mean metrics."""
+    device = micros[0]["input_ids"].device
+    items = max(1.0, float(summed(torch.tensor(float(sum(count(m) for m in micros)), device=device))))
+    metrics: Metrics = {}
+    for batch in micros:
+        with autocast(config, device):
+            for key, value in backward(batch, 1 / items).items():
+                metrics[key] = metrics.get(key, torch.zeros((), device=device)) + value.detach()
+    for p in parameters.values():
+        if p.grad is not None:
+            p.grad = summed(p.grad)
+    return {key: float(summed(value)) / items for key, value in metrics.items()}
 
 
 def _groups(parameters: dict[str, torch.nn.Parameter], lr_scale: Callable[[str], float]) -> list[dict]:
@@ -167,17 +197,12 @@ def _groups(parameters: dict[str, torch.nn.Parameter], lr_scale: Callable[[str],
     return [{"params": params, "lr_scale": scale} for scale, params in groups.items()]
 
 
-def _summed(value: torch.Tensor, world: int) -> torch.Tensor:
-    if world > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
-
-
-def _check_finite(loss: float, step: int, config: TrainingConfig, folder: Path) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"stage {config.type}: the loss became {loss} at step {step} (lr {config.lr:g}, precision "
-            f"{config.precision}); nothing of this step was kept. Lower lr, raise warmup, set clip or precision=fp32; "
-            f"earlier checkpoints are in {folder}"
-        )
+def _check_finite(values: dict[str, float], step: int, config: TrainingConfig, folder: Path) -> None:
+    """A gradient that overflows under a finite loss would spoil the weights and the next checkpoint."""
+    for what, value in (("loss", values["loss"]), ("gradient norm", values["grad_norm"])):
+        if not math.isfinite(value):
+            raise UserError(
+                f"stage {config.type}: the {what} became {value} at step {step} (lr {values['lr']:.3g}, precision "
+                f"{config.precision}); nothing of this step was kept. Lower lr, raise warmup, set clip or "
+                f"precision=fp32; earlier checkpoints are in {folder}"
+            )

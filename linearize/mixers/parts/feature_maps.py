@@ -13,6 +13,7 @@ from torch import nn
 
 from linearize.errors import did_you_mean
 from linearize.inits.base import Identity, Init
+from linearize.ops.layout import working_dtype
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Hedgehog(FeatureMap):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        z = torch.einsum("bthd,hdf->bthf", x.to(weight.dtype), weight).float()
+        z = torch.einsum("bthd,hdf->bthf", x.to(weight.dtype), weight)
+        z = z.to(working_dtype(z))
         return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
 
     def inits(self) -> dict[str, Init]:

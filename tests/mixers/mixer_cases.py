@@ -1,0 +1,141 @@
+"""Every mixer in every shape its config can take, and calls that the tests of mixers share.
+
+`CASES` is found, not listed: each file of `linearize.mixers`, with its default settings, with small windows and
+chunks, and from there with each switch of its config turned, alone and all together.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from conftest import small_mixer
+from ops.op_cases import assert_close
+from torch.utils._pytree import tree_leaves
+
+from linearize import registry
+from linearize.mixers.base import Context, HeadShape, Mixer, State, config_from_dict
+
+HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, HIDDEN = 4, 2, 8, 6, 12
+
+Tensors = list[torch.Tensor]
+
+
+def switches(config: type) -> Iterator[dict[str, Any]]:
+    """Settings that each turn one switch: a bool, another choice of a Literal, or a number of sinks.
+
+    The backend is no such switch: it chooses between kernels that need not run on this machine.
+    """
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        if field.name == "backend":
+            continue
+        if hint is bool:
+            yield {field.name: not field.default}
+        elif typing.get_origin(hint) is typing.Literal:
+            yield from ({field.name: choice} for choice in typing.get_args(hint) if choice != field.default)
+        elif field.name == "sinks":
+            yield {"sinks": 3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mixer's key and its settings, as a recipe writes them."""
+
+    key: str
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        return "-".join([self.key, *(f"{name}={value}" for name, value in self.settings.items())])
+
+    @property
+    def mixer_class(self) -> type[Mixer]:
+        return registry.find("mixers", self.key, Mixer)
+
+    def has(self, field: str) -> bool:
+        return field in {f.name for f in dataclasses.fields(self.mixer_class.Config)}
+
+    def mixer(self, dtype: torch.dtype = torch.float32, kv_heads: int = KV_HEADS, **changes: Any) -> Mixer:
+        """The mixer, initialised and then moved away from its symmetric first values; the same on every call."""
+        cls = self.mixer_class
+        config = config_from_dict(cls.Config, {**self.settings, **changes})
+        mixer = cls(config, HeadShape(HEADS, kv_heads, KEY_DIM, VALUE_DIM, HIDDEN, scale=0.4))
+        mixer.initialise("mixer", seed=0)
+        noise = torch.Generator().manual_seed(1)
+        for parameter in mixer.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=noise)
+        return mixer.to(dtype)
+
+
+def find_cases() -> list[Case]:
+    cases = []
+    for key in registry.keys("mixers"):
+        config = registry.find("mixers", key, Mixer).Config
+        small = {name: value for name, value in small_mixer(key).items() if name != "type"}
+        turned = list(switches(config))
+        together = {name: value for switch in turned for name, value in switch.items()}
+        variants = [{}, small, *({**small, **switch} for switch in turned)]
+        variants += [{**small, **together}] if len(turned) > 1 else []
+        cases += [Case(key, settings) for settings in variants]
+    return cases
+
+
+CASES = find_cases()
+
+
+def inputs(B: int, T: int, *, kv_heads: int = KV_HEADS, seed: int = 0) -> Tensors:
+    """q [B, T, Hq, K], k [B, T, Hkv, K], v [B, T, Hkv, V], x [B, T, C]."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(HEADS, KEY_DIM), (kv_heads, KEY_DIM), (kv_heads, VALUE_DIM), (HIDDEN,)]
+    return [torch.randn(B, T, *size, generator=generator) for size in sizes]
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [B, T, H, K] at positions [B or 1, T], angles in float64 whatever the dtype of x."""
+    half = x.shape[-1] // 2
+    angles = positions.double()[..., None, None] * 100.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def run(
+    mixer: Mixer,
+    given: Tensors,
+    state: State | None = None,
+    *,
+    start: int = 0,
+    positions: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, State]:
+    """One call of the mixer on tokens whose positions are given or count from `start`."""
+    where = start + torch.arange(given[0].shape[1])[None] if positions is None else positions
+
+    def rotary(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotate(q, where), rotate(k, where)
+
+    return mixer(*given, Context(rotary, mask, documents), state)
+
+
+def run_pieces(mixer: Mixer, given: Tensors, lengths: list[int]) -> tuple[torch.Tensor, State]:
+    """The same tokens in pieces, each with the state of the last."""
+    outputs, state, start = [], None, 0
+    for length in lengths:
+        y, state = run(mixer, [x[:, start : start + length] for x in given], state, start=start)
+        outputs.append(y)
+        start += length
+    assert state is not None and start == given[0].shape[1]
+    return torch.cat(outputs, dim=1), state
+
+
+def assert_same_state(state: State, expected: State, tolerance: float) -> None:
+    assert state.keys() == expected.keys()
+    assert_close(tree_leaves(state), tree_leaves(expected), tolerance)
+
+
+def nbytes(state: State) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state))

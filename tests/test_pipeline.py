@@ -1,0 +1,242 @@
+"""A whole conversion of a pico model on disk: what it writes, what it measures, and errors before any weight moves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from trainable import make_recipe, metrics, recipe_dict, write_source
+from transformers import AutoModelForCausalLM
+
+import linearize
+from linearize import pipeline
+from linearize.errors import UserError
+from linearize.hf.load import load
+from linearize.pipeline import convert, plan_of
+from linearize.recipe import Recipe
+
+EVALUATION = {"windows": 2, "recall": False, "batch_size": 2, "split": "train", "lengths": [16]}
+
+
+@pytest.fixture
+def source(
+    pico_model: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder with a source checkpoint and a training text, and the cache of prepared data."""
+    monkeypatch.setattr("linearize.data.HF_HOME", str(tmp_path / "hf"))
+    write_source(tmp_path, pico_model(), pico_tokenizer)
+    return tmp_path
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    a, b = weights(one), weights(two)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_conversion_from_end_to_end(source: Path) -> None:
+    said: list[str] = []
+    recipe = make_recipe(source, evaluation=EVALUATION)
+    out = convert(recipe, source / "out", say=said.append)
+    assert out == source / "out"
+    assert said[0].startswith("source ") and "2 of 3 swapped: LSL" in said[0]
+    assert said[-1] == f"checkpoint written to {out}"
+
+    model, tokenizer = linearize.load(out)
+    ids = torch.tensor([tokenizer.encode("the cat sat on a mat")])
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.isfinite(logits).all() and torch.equal(loaded(ids).logits, logits)
+    before = load_file(source / "source" / "model.safetensors")
+    changed = {
+        name for name, tensor in weights(out).items() if name not in before or not torch.equal(tensor, before[name])
+    }
+    assert {name.split(".mixer.")[0] for name in changed if ".mixer." in name} == {
+        "model.layers.0.self_attn",
+        "model.layers.2.self_attn",
+    }
+    assert {name.split(".")[-2] for name in changed if ".mixer." not in name} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+
+    points = dict(json.loads((out / "run" / "measurements.json").read_text()))
+    assert list(points) == ["teacher", "untrained", "after attention_transfer", "after finetune"]
+    assert [point["tokens"] for point in points.values()] == [0, 0, 256, 512]
+    assert 0 == points["untrained"]["seconds"] < points["after attention_transfer"]["seconds"]
+    card = (out / "README.md").read_text()
+    for name, point in points.items():
+        row = next(line for line in card.splitlines() if line.startswith(f"| {name} "))
+        assert f"{point['losses'][0]['loss']:.3f}" in row
+    assert "gap |" in card and "tokens |" in card and said[-2] in card
+    assert recipe.to_yaml().strip() in card
+    for stage in ("0-attention_transfer", "1-finetune"):
+        assert [line["step"] for line in metrics(out / "run" / stage)] == [0, 1]
+        assert (out / "run" / stage / "result.safetensors").exists()
+
+
+def test_the_teacher_point_is_the_source_model(source: Path) -> None:
+    recipe = make_recipe(source, evaluation=EVALUATION, stages=[])
+    out = convert(recipe, source / "out", say=quiet)
+    points = dict(json.loads((out / "run" / "measurements.json").read_text()))
+    model, tokenizer = load(source / "source")
+    text = pipeline.eval_tokens(recipe.evaluation, tokenizer, recipe.data)
+    expected = pipeline.measure(model, tokenizer, recipe.evaluation, token_ids=text, seq_len=32)
+    assert points["teacher"]["losses"][0]["loss"] == pytest.approx(expected.losses[0].loss, rel=1e-6)
+    assert points["untrained"]["losses"][0]["loss"] != pytest.approx(expected.losses[0].loss, rel=1e-6)
+
+
+def test_the_written_recipe_reproduces_the_checkpoint(source: Path) -> None:
+    first = convert(make_recipe(source), source / "one", say=quiet)
+    assert not (first / "run" / "measurements.json").exists()
+    assert "Nothing was measured" in (first / "README.md").read_text()
+    again = Recipe.load(first / "recipe.yaml")
+    assert again == make_recipe(source)
+    second = convert(again, source / "two", say=quiet)
+    assert same_weights(first, second)
+    other = convert(make_recipe(source, seed=1, stages=[]), source / "three", say=quiet)
+    assert not same_weights(first, other)
+
+
+def test_the_default_folder_is_named_after_model_and_mixer(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source)
+    assert convert(make_recipe(source, stages=[]), say=quiet) == Path("source-lolcats")
+    assert (source / "source-lolcats" / "config.json").exists()
+
+
+def test_a_finished_conversion_resumes_without_training_or_measuring(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(source, evaluation=EVALUATION)
+    out = convert(recipe, source / "out", say=quiet)
+    before, points = weights(out), (out / "run" / "measurements.json").read_text()
+    (out / "config.json").unlink()  # as if the export had been interrupted
+
+    def forbidden(*args: Any, **options: Any) -> None:
+        raise AssertionError("not again")
+
+    monkeypatch.setattr("linearize.stages.base.train", forbidden)
+    monkeypatch.setattr(pipeline, "measure", forbidden)
+    convert(recipe, out, resume=True, say=quiet)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items())
+    assert (out / "run" / "measurements.json").read_text() == points
+    assert (out / "config.json").exists()
+
+
+def test_seconds_of_a_resumed_conversion_count_the_finished_stages(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(source, evaluation=EVALUATION)
+
+    def fails(self: Any, model: Any, batch: Any, weight: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("linearize.stages.finetune.Finetune.backward", fails)
+        convert(recipe, source / "out", say=quiet)
+    out = convert(recipe, source / "out", resume=True, say=quiet)
+    points = dict(json.loads((out / "run" / "measurements.json").read_text()))
+    assert points["after finetune"]["seconds"] > points["after attention_transfer"]["seconds"] > 0
+    assert points["after finetune"]["tokens"] == 512
+
+
+def test_an_adapter_that_is_not_merged_is_exported_beside_the_weights(source: Path) -> None:
+    stages = [{"type": "finetune", "tokens": 256, "batch_size": 4, "lr": 1e-2, "lora": {"r": 2, "merge": False}}]
+    out = convert(make_recipe(source, stages=stages), source / "out", say=quiet)
+    ids = torch.arange(2, 40)[None]
+    model, _ = linearize.load(out)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(ids).logits
+    with torch.no_grad():
+        assert (model(ids).logits - base).abs().max() > 1e-2
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(ids).logits, base)
+    before = load_file(source / "source" / "model.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items() if name in before)
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"mixer": {"type": "lolcat"}}, "unknown mixer 'lolcat'; did you mean 'lolcats'"),
+    ({"mixer": {"type": "lolcats", "windw": 8}}, "unknown key 'mixer.windw'; did you mean 'window'"),
+    ({"layers": "LS"}, "pattern 'LS' has 2 letters and does not repeat evenly over 3 layers"),
+    ({"layers": [0, 3]}, "\\[3\\] not in this model"),
+    ({"model": {"name": "lama-3-8b"}}, "unknown model 'lama-3-8b'; did you mean 'llama-3-8b'"),
+    ({"stages": [{"type": "finetune", "tokens": 10}]}, "stage finetune trains nothing"),
+    ({"stages": [{"type": "finetune", "tokens": 10, "train": ["*.mixr.*"]}]}, "matches no parameter"),
+    ({"stages": [{"type": "finetune", "tokens": 10, "lora": {"targets": ["qq"]}}]}, "unknown lora target 'qq'"),
+    ({"mixer": {"type": "liger"}}, "nothing to train: Liger adds no parameters"),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), BROKEN)
+def test_mistakes_in_a_recipe_end_it_before_weights_are_loaded_or_a_folder_made(
+    source: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(pipeline, "load", lambda *args, **options: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=message):
+        convert(Recipe.parse(recipe_dict(source, **sections)), source / "out", say=quiet)
+    assert not (source / "out").exists()
+
+
+def test_the_plan_leaves_no_trace_on_the_configuration(source: Path) -> None:
+    recipe = make_recipe(source)
+    assert str(plan_of(recipe)) == str(plan_of(recipe))
+    assert pipeline.load_config(str(source / "source")).model_type == "llama"
+
+
+def test_missing_training_text_is_reported_before_anything_is_measured(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "measure", lambda *args, **options: pytest.fail("measured"))
+    data = {"source": str(source / "absent.jsonl"), "seq_len": 32}
+    with pytest.raises(UserError, match="absent.jsonl"):
+        convert(make_recipe(source, data=data, evaluation={**EVALUATION, "text": "demo"}), source / "out", say=quiet)
+
+
+def test_a_folder_in_use_is_left_alone(source: Path) -> None:
+    recipe, out = make_recipe(source, stages=[]), source / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="is in use \\(it was not made by this command\\); choose another with -o"):
+            convert(recipe, out, resume=resume, say=quiet)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is in use"):
+        convert(recipe, out / "thesis.tex", say=quiet)
+
+
+def test_a_started_conversion_is_resumed_with_its_own_recipe_only(source: Path) -> None:
+    recipe, out = make_recipe(source, stages=[]), source / "out"
+    convert(recipe, out, say=quiet)
+    assert yaml.safe_load((out / "run" / "recipe.yaml").read_text()) == recipe.model_dump(mode="json")
+    with pytest.raises(UserError, match="is in use \\(resume it with --resume\\)"):
+        convert(recipe, out, say=quiet)
+    other = make_recipe(source, stages=[], seed=3, mixer={"type": "lolcats", "window": 4, "chunk_size": 16})
+    with pytest.raises(UserError, match="differs in mixer.window \\(8 then, 4 now\\), seed \\(0 then, 3 now\\)"):
+        convert(other, out, resume=True, say=quiet)
+    convert(recipe, out, resume=True, say=quiet)
+
+
+def test_stages_of_one_type_are_numbered(source: Path) -> None:
+    stage = {"type": "finetune", "tokens": 128, "batch_size": 4, "train": ["*.mixer.*"]}
+    recipe = make_recipe(source, stages=[stage, {**stage, "seq_len": 16}], evaluation=EVALUATION)
+    out = convert(recipe, source / "out", say=quiet)
+    points = dict(json.loads((out / "run" / "measurements.json").read_text()))
+    assert list(points) == ["teacher", "untrained", "after finetune 1", "after finetune 2"]
+    assert [point["tokens"] for point in points.values()] == [0, 0, 128, 256]
+    assert len(metrics(out / "run" / "1-finetune")) == 2, "half the sequence length, twice the steps"
