@@ -136,6 +136,7 @@ def test_gradients_are_those_of_one_backward_over_all_layers(
         p.requires_grad_(True)
     expected_loss = reference_loss(model, source, batch, loss, where)
     expected = torch.autograd.grad(expected_loss, parameters.values())
+    expected_loss = expected_loss.detach()
     items = stage.count(batch)
     assert items == (int(batch["attention_mask"].sum()) if kind == "padded" else 4 * 32)
     found = stage.backward(model, batch, 1 / items)
