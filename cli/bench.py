@@ -1,4 +1,4 @@
-"""Time prefill and decoding against softmax attention, with cache size and peak memory.
+"""Time prefill, decoding and training steps against softmax attention, with cache size and peak memory.
 
 Either a checkpoint, or a model with random weights of a known shape, which needs no download:
 
@@ -8,6 +8,7 @@ Either a checkpoint, or a model with random weights of a known shape, which need
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from linearize.cli._arguments import dtype, numbers, positive
 
@@ -33,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: the checkpoint's; random models: bfloat16 on a GPU, else float32",
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--train-length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens per row of the training steps of the recipe's stages; 0 times none (default: 1024)",
+    )
     parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
 
 
@@ -45,12 +53,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("give either the PATH of a checkpoint or --shape for random weights")
     if arguments.path and arguments.mixer:
         raise UserError(f"--mixer goes with --shape; {arguments.path} has its own mixers")
+    model = _model(arguments)
     report = bench(
-        _model(arguments),
+        model,
         lengths=arguments.lengths,
         batch_size=arguments.batch_size,
         decode_tokens=arguments.decode_tokens,
         repeats=arguments.repeats,
+        stages=_stages(arguments, model) if arguments.train_length > 0 else (),
+        train_length=arguments.train_length,
     )
     print(report.table())
     if arguments.output:
@@ -58,7 +69,22 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"\nreport written to {arguments.output}")
 
 
-def _model(arguments: argparse.Namespace) -> object:
+def _stages(arguments: argparse.Namespace, model: Any) -> list:
+    """The stages of the checkpoint's recipe, or of the mixer's default one."""
+    from pathlib import Path
+
+    from linearize import Recipe
+    from linearize.pipeline import stages_of
+
+    model_type = model.config.model_type.removeprefix("linearized_")
+    written = Path(arguments.path or "") / "recipe.yaml"
+    if arguments.path and not written.is_file():
+        return []
+    recipe = Recipe.load(written if arguments.path else f"default/{arguments.mixer or 'lolcats'}", model="demo")
+    return stages_of(recipe, model_type)
+
+
+def _model(arguments: argparse.Namespace) -> Any:
     from linearize import load
     from linearize.bench import random_model
     from linearize.pipeline import default_device

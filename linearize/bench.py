@@ -10,7 +10,6 @@ import dataclasses
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,15 +21,18 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from linearize.bench_training import StepSpeed, time_stages
 from linearize.errors import UserError, did_you_mean, disk_full
 from linearize.evals.table import NOTHING, grid
 from linearize.evals.text import evaluating
 from linearize.hf.auto import linearized
 from linearize.hf.cache import StateLayer
-from linearize.memory import memory_method, out_of_memory, peak_bytes
+from linearize.memory import memory_method, now, out_of_memory, peak_bytes
+from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 
 OUT_OF_MEMORY = "out of memory"
+STEP_HEADER = ["training step", "rows x tokens", "teacher tok/s", "student tok/s", "student / teacher", "peak MiB"]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -84,8 +86,8 @@ class BenchReport:
     """What was timed, and on what."""
 
     speeds: list[Speed]
-    step_seconds: dict[str, float]
-    """Median seconds of one optimiser step by stage; empty when no step was given."""
+    steps: list[StepSpeed]
+    """Training steps, by stage; empty when no stages were given."""
     settings: dict[str, Any]
     memory: str
     """How peak memory was measured."""
@@ -106,7 +108,8 @@ class BenchReport:
             rows.append([f"{length:,}", "student / teacher", *(NOTHING if r is None else f"{r:.3g}x" for r in ratios)])
         lines = [grid(header, rows), "", ", ".join(f"{key} {value}" for key, value in self.settings.items())]
         lines.append(f"peak: {self.memory}")
-        lines += [f"step of {stage}: {seconds:.3g} s" for stage, seconds in self.step_seconds.items()]
+        if self.steps:
+            lines += ["", grid(STEP_HEADER, [_step_row(step) for step in self.steps])]
         return "\n".join(lines)
 
     def to_json(self, path: str | Path) -> None:
@@ -125,7 +128,8 @@ def bench(
     batch_size: int = 1,
     decode_tokens: int = 32,
     repeats: int = 3,
-    steps: dict[str, Callable[[], object]] | None = None,
+    stages: Sequence[Stage] = (),
+    train_length: int = 1024,
     seed: int = 0,
 ) -> BenchReport:
     """Time prefill and decoding of teacher and student, interleaved so that both see the same machine.
@@ -137,7 +141,8 @@ def bench(
         batch_size: rows, B.
         decode_tokens: tokens decoded greedily after each prefill.
         repeats: timed runs of each path, after one run that is not timed and measures memory.
-        steps: name of a training stage -> function that does one optimiser step of it.
+        stages: training stages to time a step of, in their order; the student cannot be used after that.
+        train_length: tokens per row of a training step.
         seed: of the random token ids.
 
     A length that does not fit into memory gives a row that says so.
@@ -178,19 +183,8 @@ def bench(
         "device": _device_name(device),
         "torch": torch.__version__,
     }
-    timed = {name: time_step(step, device=device, repeats=repeats) for name, step in (steps or {}).items()}
-    return BenchReport(speeds, timed, settings, memory_method(device))
-
-
-def time_step(step: Callable[[], object], *, device: torch.device, repeats: int = 3) -> float:
-    """Median seconds of `step()`, after one call that is not timed."""
-    step()
-    seconds = []
-    for _ in range(repeats):
-        began = _now(device)
-        step()
-        seconds.append(_now(device) - began)
-    return statistics.median(seconds)
+    steps = time_stages(student, stages, batch=batch_size, length=train_length, repeats=repeats, seed=seed)
+    return BenchReport(speeds, steps, settings, memory_method(device))
 
 
 def random_model(
@@ -232,23 +226,17 @@ def _generate(model: Any, ids: torch.Tensor, decode_tokens: int) -> tuple[float,
     """Seconds of the prefill of ids [B, T] and of the decoding after it, and the bytes of the final cache."""
     cache = DynamicCache(config=model.config)
     with evaluating(model):
-        began = _now(ids.device)
+        began = now(ids.device)
         token = _next(model, ids, cache)
-        filled = _now(ids.device)
+        filled = now(ids.device)
         for _ in range(decode_tokens):
             token = _next(model, token, cache)
-        return filled - began, _now(ids.device) - filled, cache_bytes(cache)
+        return filled - began, now(ids.device) - filled, cache_bytes(cache)
 
 
 def _next(model: Any, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1:].argmax(-1)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _speed(
@@ -270,6 +258,15 @@ def _row(speed: Speed) -> list[str]:
         return [f"{speed.length:,}", speed.path, speed.error, NOTHING, NOTHING, NOTHING]
     mib = [NOTHING if size is None else f"{size / 2**20:,.2f}" for size in (speed.cache_bytes, speed.peak_bytes)]
     return [f"{speed.length:,}", speed.path, f"{speed.prefill:,.0f}", f"{speed.decode:,.1f}", *mib]
+
+
+def _step_row(step: StepSpeed) -> list[str]:
+    size = f"{step.batch} x {step.length:,}"
+    if step.student is None or step.peak_bytes is None:
+        return [step.stage, size, OUT_OF_MEMORY, NOTHING, NOTHING, NOTHING]
+    ratio = NOTHING if step.teacher is None else f"{step.student / step.teacher:.3g}x"
+    teacher = NOTHING if step.teacher is None else f"{step.teacher:,.0f}"
+    return [step.stage, size, teacher, f"{step.student:,.0f}", ratio, f"{step.peak_bytes / 2**20:,.2f}"]
 
 
 def _shape_config(shape: str) -> Any:

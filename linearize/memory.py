@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,13 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 SAMPLE_SECONDS = 0.005
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a monotonic clock, once `device` has done all work given to it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -108,11 +108,11 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         UserError: for an unsupported family, a layer pattern or number that does not fit, mixer settings that the layer
             sizes do not allow, or stages that cannot follow each other.
     """
-    family = find("families", config.model_type, Family)  # type: ignore[type-abstract]
+    family = find("families", config.model_type, Family)
     depth = config.num_hidden_layers
     chosen = choose_layers(recipe.layers, depth)
     _check_stages(recipe)
-    mixer_class = find("mixers", recipe.mixer["type"], Mixer)  # type: ignore[type-abstract]
+    mixer_class = find("mixers", recipe.mixer["type"], Mixer)
     settings = config_from_dict(mixer_class.Config, {k: v for k, v in recipe.mixer.items() if k != "type"})
     dtype = _dtype(recipe.model.dtype, config)
     layers = []

@@ -6,6 +6,7 @@ the overrides and validates all of it. `recipe.to_yaml()` is the resolved form, 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,8 +71,8 @@ class Recipe(Strict):
     model: ModelConfig
     layers: str | list[int] = Field(
         "all",
-        description="Layers to swap: all, a pattern of L (linear) and S (softmax, kept) that is repeated over the depth, "
-        "or a list of layer numbers from 0.",
+        description="Layers to swap: all, a pattern of L (linear) and S (softmax, kept) repeated over the depth, or a list "
+        "of layer numbers from 0.",
     )
     mixer: dict[str, Any] = Field(description="`type` names the mixer; the other keys are its own settings.")
     data: DataConfig = Field(description="Training text.")
@@ -89,12 +90,12 @@ class Recipe(Strict):
     @classmethod
     def _resolve_mixer(cls, value: dict[str, Any]) -> dict[str, Any]:
         key = _type_of(value, "mixer")
-        config_class = find("mixers", key, Mixer).Config  # type: ignore[type-abstract]
+        config_class = find("mixers", key, Mixer).Config
         adapter: TypeAdapter = TypeAdapter(config_class)
         try:
             config = adapter.validate_python({k: v for k, v in value.items() if k != "type"})
         except ValidationError as error:
-            raise user_error(error, "mixer", config_class.__dataclass_fields__) from None
+            raise user_error(error, "mixer", [field.name for field in dataclasses.fields(config_class)]) from None
         return {"type": key, **adapter.dump_python(config)}
 
     @field_validator("stages")
@@ -169,7 +170,8 @@ def resolve_model(name: str) -> str:
         return ALIASES[name]
     if "/" not in name and not Path(name).exists():
         raise UserError(
-            f"unknown model {name!r}{did_you_mean(name, ['demo', *ALIASES])}; or give a hub name (owner/name) or a folder"
+            f"unknown model {name!r}{did_you_mean(name, ['demo', *ALIASES])}; "
+            "or give a hub name (owner/name) or a folder"
         )
     return name
 

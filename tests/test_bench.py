@@ -9,9 +9,11 @@ import torch
 from transformers import DynamicCache
 
 from linearize import bench as module
-from linearize.bench import bench, cache_bytes, random_model, time_step
+from linearize.bench import bench, cache_bytes, random_model
 from linearize.errors import UserError
 from linearize.memory import out_of_memory, peak_bytes
+from linearize.pipeline import stages_of
+from linearize.recipe import Recipe
 from linearize.swap import swapped, teacher_path
 
 CPU = torch.device("cpu")
@@ -81,12 +83,15 @@ def test_peak_sees_memory_that_is_freed_again():
     assert peak_bytes(use, CPU) - before > 40 * 2**20
 
 
-def test_time_step_is_the_median(monkeypatch):
-    clock = iter([0.0, 1.0, 1.0, 6.0, 6.0, 8.0])
-    monkeypatch.setattr(module, "_now", lambda device: next(clock))
-    calls = []
-    assert time_step(lambda: calls.append(1), device=CPU, repeats=3) == 2.0
-    assert len(calls) == 4
+def test_training_steps_are_timed_beside_the_teachers(converted):
+    model = converted("lolcats")
+    stages = stages_of(Recipe.load("demo/lolcats", model="demo"), "llama")
+    report = bench(model, lengths=[16], decode_tokens=2, repeats=1, stages=stages, train_length=32)
+    transfer, finetune = report.steps
+    assert (transfer.stage, finetune.stage) == ("attention_transfer", "finetune")
+    assert transfer.teacher is None and finetune.teacher is not None
+    assert (finetune.batch, finetune.length) == (1, 32) and finetune.peak_bytes is not None
+    assert "| finetune " in report.table() and "1 x 32" in report.table()
 
 
 def test_random_model_from_a_config_is_swapped_and_initialised(pico_config, tmp_path):

@@ -45,7 +45,8 @@ def test_nothing_named_cli_or_recipes_is_installed():
 def test_version_is_the_same_everywhere():
     import linearize
 
-    assert importlib.metadata.version("linearize") == linearize.__version__ == PROJECT["project"]["version"]
+    assert importlib.metadata.version("linearize") == linearize.__version__
+    assert PROJECT["project"]["dynamic"] == ["version"]
 
 
 def test_demo_assets():

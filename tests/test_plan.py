@@ -98,7 +98,7 @@ def test_the_plan_does_not_depend_on_the_backend_of_this_machine() -> None:
 
 
 def test_the_plan_is_what_the_swap_does(converted: Any, pico_config: Any) -> None:
-    changes = ["layers=LSL", "mixer.window=8", "mixer.feature_map.dim=null", "model.dtype=float32"]
+    changes = ["layers=LSL", "mixer.window=8", "mixer.rope=both", "mixer.feature_map.dim=null", "model.dtype=float32"]
     plan = make_plan(Recipe.load("lolcats", "demo", changes), pico_config())
     model = converted("lolcats", "LSL")
     real = dict(model.named_parameters())

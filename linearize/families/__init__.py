@@ -1,1 +1,1 @@
-"""Model families: the only place that knows how a Hugging Face architecture projects heads; file name = `model_type`."""
+"""Model families: the only place that knows how an architecture projects heads; file name = `model_type`."""

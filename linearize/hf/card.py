@@ -34,15 +34,16 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     measured = (
         comparison_table(list(measurements.items())) if measurements else "Nothing was measured for this checkpoint."
     )
+    mixer, short, long = plan.mixer["type"], plan.cache_bytes(2048) / 2**20, plan.cache_bytes(131072) / 2**20
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 
-# {name}, linearized with {plan.mixer["type"]}
+# {name}, linearized with {mixer}
 
-{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{plan.mixer["type"]}` mixer and trained
-to take over from it, with [linearize](https://pypi.org/project/linearize/). The decoding cache of a sequence takes
-{plan.cache_bytes(2048) / 2**20:,.2f} MiB after 2,048 tokens and {plan.cache_bytes(131072) / 2**20:,.2f} MiB after 131,072.
+{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{mixer}` mixer and trained to take over
+from it, with [linearize](https://pypi.org/project/linearize/). The decoding cache of a sequence takes {short:,.2f} MiB
+after 2,048 tokens and {long:,.2f} MiB after 131,072.
 
 ## Use
 

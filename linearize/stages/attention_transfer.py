@@ -57,6 +57,7 @@ class AttentionTransfer(Stage):
     """See the module docstring."""
 
     Config = AttentionTransferConfig
+    end_to_end = False
     dropout = False  # the teacher's targets are to be exact
     config: AttentionTransferConfig
 

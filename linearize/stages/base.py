@@ -33,6 +33,8 @@ class Stage:
     Config: ClassVar[type[TrainingConfig]]
     dropout: ClassVar[bool] = True
     """Whether the model is in training mode while the stage runs, with the dropout that its config asks for."""
+    end_to_end: ClassVar[bool] = True
+    """Whether the loss is the whole model's, so that the same step can be taken by the softmax teacher."""
     adapter: Any = None
     """The peft model of an adapter that was not merged, after the stage has run; exported beside the weights."""
 
@@ -74,6 +76,22 @@ class Stage:
         """Factor on the learning rate for the parameter `name`."""
         return 1.0
 
+    def begin(self, model: Any) -> tuple[dict[str, torch.dtype], dict[str, nn.Parameter]]:
+        """Freeze the model but for what this stage trains, which is put into float32.
+
+        Returns:
+            The dtypes that the trained parameters had, and the parameters, both by full name.
+        """
+        for p in model.parameters():
+            p.requires_grad_(False)
+        parameters = self.prepare(model)
+        dtypes = {name: p.dtype for name, p in parameters.items()}
+        for p in parameters.values():
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        model.train(self.dropout)
+        return dtypes, parameters
+
     def run(self, model: Any, data: PackedDataset, folder: Path, resume: bool = False) -> float:
         """Run the stage, or restore its result when `resume` finds it finished.
 
@@ -93,14 +111,7 @@ class Stage:
                 self.restore(model, tensors)
             remove_checkpoints(folder)
             return state["seconds"]
-        for p in model.parameters():
-            p.requires_grad_(False)
-        parameters = self.prepare(model)
-        dtypes = {name: p.dtype for name, p in parameters.items()}
-        for p in parameters.values():
-            p.data = p.data.float()
-            p.requires_grad_(True)
-        model.train(self.dropout)
+        dtypes, parameters = self.begin(model)
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         seconds = train(

@@ -1,0 +1,88 @@
+"""Times one optimiser step of each training stage on a converted model, beside the same step of its softmax teacher.
+
+`time_stages(model, stages)` changes the model (adapters, trained types), so it comes last in `linearize bench`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from linearize.memory import now, out_of_memory, peak_bytes
+from linearize.stages.base import Stage
+from linearize.swap import teacher_path
+from linearize.training.loop import autocast
+from linearize.training.optim import adamw
+
+
+@dataclass(frozen=True)
+class StepSpeed:
+    """One optimiser step of a stage; medians over the repeats, None where memory ran out or there is no such step."""
+
+    stage: str
+    """Type of the stage."""
+    batch: int
+    """Rows of the step, all in one forward."""
+    length: int
+    """Tokens per row."""
+    student: float | None
+    """Tokens per second of the stage's step."""
+    teacher: float | None
+    """Tokens per second of the same step with softmax attention; None for stages that are no end-to-end step."""
+    peak_bytes: int | None
+    """Peak memory of the stage's step, weights and optimiser included."""
+
+
+def time_stages(
+    model: Any, stages: Sequence[Stage], *, batch: int = 1, length: int = 1024, repeats: int = 3, seed: int = 0
+) -> list[StepSpeed]:
+    """Time a step of each stage in turn on random tokens; teacher and student alternate.
+
+    Args:
+        model: a converted model; unusable afterwards.
+        stages: in the order in which a conversion would run them.
+        batch: rows of a step.
+        length: tokens per row.
+        repeats: timed steps of each path, after one that is not timed and measures memory.
+        seed: of the random tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+    return [_time_stage(model, stage, ids, repeats) for stage in stages]
+
+
+def _time_stage(model: Any, stage: Stage, ids: torch.Tensor, repeats: int) -> StepSpeed:
+    rows, length = ids.shape
+    _, parameters = stage.begin(model)
+    groups = [{"params": list(parameters.values()), "lr_scale": 1.0}]
+    step = partial(_step, model, stage, adamw(groups, stage.config), {"input_ids": ids, "labels": ids})
+    paths: dict[str, Callable[[], AbstractContextManager]] = {"student": nullcontext}
+    if stage.end_to_end:
+        paths["teacher"] = partial(teacher_path, model)
+    seconds: dict[str, list[float]] = {path: [] for path in paths}
+    peak = None
+    with out_of_memory() as memory_error:
+        peak = peak_bytes(step, ids.device)
+        for _ in range(repeats):
+            for path, context in paths.items():
+                with context():
+                    began = now(ids.device)
+                    step()
+                    seconds[path].append(now(ids.device) - began)
+    if memory_error:
+        return StepSpeed(stage.config.type, rows, length, None, None, None)
+    speed = {path: ids.numel() / statistics.median(times) for path, times in seconds.items()}
+    return StepSpeed(stage.config.type, rows, length, speed["student"], speed.get("teacher"), peak)
+
+
+def _step(model: Any, stage: Stage, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
+    with autocast(stage.config, batch["input_ids"].device):
+        stage.backward(model, batch, 1 / stage.count(batch))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
