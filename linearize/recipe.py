@@ -71,8 +71,8 @@ class Recipe(Strict):
     model: ModelConfig
     layers: str | list[int] = Field(
         "all",
-        description="Layers to swap: all, a pattern of L (linear) and S (softmax, kept) repeated over the depth, or a list "
-        "of layer numbers from 0.",
+        description="Layers to swap: all, a pattern of L (linear) and S (softmax, kept) repeated over the depth, or "
+        "a list of layer numbers from 0.",
     )
     mixer: dict[str, Any] = Field(description="`type` names the mixer; the other keys are its own settings.")
     data: DataConfig = Field(description="Training text.")

@@ -41,9 +41,9 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
 
 # {name}, linearized with {mixer}
 
-{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{mixer}` mixer and trained to take over
-from it, with [linearize](https://pypi.org/project/linearize/). The decoding cache of a sequence takes {short:,.2f} MiB
-after 2,048 tokens and {long:,.2f} MiB after 131,072.
+{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{mixer}` mixer and trained to take
+over from it, with [linearize](https://pypi.org/project/linearize/). The decoding cache of a sequence takes
+{short:,.2f} MiB after 2,048 tokens and {long:,.2f} MiB after 131,072.
 
 ## Use
 

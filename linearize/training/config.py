@@ -19,8 +19,8 @@ class TrainingConfig(Strict):
     micro_batch_size: int | None = Field(
         None,
         gt=0,
-        description="Sequences per forward pass and device; the rest is accumulated. Default: batch_size, divided among "
-        "the processes.",
+        description="Sequences per forward pass and device; the rest is accumulated. Default: batch_size, divided "
+        "among the processes.",
     )
     seq_len: int | None = Field(None, gt=0, description="Tokens per sequence. Default: data.seq_len.")
     lr: float = Field(gt=0, description="Peak learning rate.")
