@@ -175,7 +175,7 @@ def test_bench_times_random_weights_and_checkpoints(
     report = tmp_path / "bench.json"
     for model in ([checkpoint], ["--shape", config_only, "--mixer", "liger", "--dtype", "float32"]):
         assert main(["bench", *model, *quick, "--output", str(report)]) == 0
-        assert capsys.readouterr().out.count("student / teacher") == 2
+        assert capsys.readouterr().out.count("| student / teacher") >= 2
         assert [row["length"] for row in json.loads(report.read_text())["speeds"]] == [16, 16, 32, 32]
 
 

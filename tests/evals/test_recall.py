@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from linearize import demo
 from linearize.errors import UserError
-from linearize.evals.recall import WORDS, facts, make_prompt, recall_document
+from linearize.evals.recall import LEAD, WORDS, facts, make_prompt, recall_document
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,10 @@ def test_one_fact_reads_exactly_as_the_teacher_learned_it(tokenizer, filler):
     text = tokenizer.decode(item.input_ids)
     fact = f"\nThe special number for {item.word} is {item.number}.\n"
     question = f"\nWhat is the special number for {item.word}? The special number for {item.word} is"
-    assert text.startswith(fact) and text.endswith(question)
+    assert fact in text and text.endswith(question)
+    assert len(tokenizer(text.split(fact)[0])["input_ids"]) == LEAD
     assert tokenizer.decode(item.answer_ids) == f" {item.number}."
-    between = len(item.input_ids) - len(tokenizer(fact)["input_ids"]) - len(tokenizer(question)["input_ids"])
+    between = len(item.input_ids) - LEAD - len(tokenizer(fact)["input_ids"]) - len(tokenizer(question)["input_ids"])
     assert item.distance == between == 40
 
 
@@ -88,7 +89,7 @@ def test_facts_are_distinct_and_five_digits():
 def test_refusals_say_what_is_possible(tokenizer, filler):
     with pytest.raises(UserError, match="49 facts is impossible; choose 1 to 48"):
         facts(49, random.Random(0))
-    with pytest.raises(UserError, match="recall needs 60 tokens of filler text and has 50"):
+    with pytest.raises(UserError, match="recall needs 84 tokens of filler text and has 50"):
         make_prompt(tokenizer, filler[:50], 1, 60, random.Random(0))
     with pytest.raises(UserError, match="32 tokens cannot hold 4 facts, which take"):
         recall_document(tokenizer, filler, 32, 4, random.Random(0))
