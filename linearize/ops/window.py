@@ -144,6 +144,32 @@ def _sink_columns(
     return _blocks(k[row, source], block), _blocks(v[row, source], block), _blocks(seen, block)
 
 
+def step(
+    q: torch.Tensor, after: State, mask: torch.Tensor | None, *, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One decoded token: q `[B, 1, Hq, K]` (scaled) against the ring that already holds its own key and value.
+
+    Products are summed element by element, so that a head gives the same bits grouped or not and in any batch.
+    Returns out `[B, 1, Hq, V]`, lse and max `[B, 1, Hq]`, as `window_attention` does.
+    """
+    keys, values, seen = after["k"], after["v"], after["valid"].clone()
+    seen[:, -1] = True  # an empty row attends to a zero key instead of to nothing
+    if "sink_k" in after:
+        slots = torch.arange(after["sink_k"].shape[1], device=q.device)
+        far = slots < after["seen"][:, None] - window  # sinks that have left the window
+        keys, values = torch.cat([after["sink_k"], keys], dim=1), torch.cat([after["sink_v"], values], dim=1)
+        seen = torch.cat([far, seen], dim=1)
+    grouped = q[:, 0].unflatten(1, (keys.shape[2], -1)).unsqueeze(3)  # [B, Hkv, G, 1, K]
+    keys, values = (x.to(q.dtype).transpose(1, 2).unsqueeze(2) for x in (keys, values))  # [B, Hkv, 1, W, D]
+    scores = (grouped * keys).sum(-1).masked_fill(~seen[:, None, None], float("-inf"))
+    top = scores.amax(-1)
+    weights = (scores - top.detach().unsqueeze(-1)).exp()
+    total = weights.sum(-1)
+    out = (weights.unsqueeze(-1) * values).sum(-2) / total.unsqueeze(-1)
+    out, lse, top = (x.flatten(1, 2).unsqueeze(1) for x in (out, total.log() + top.detach(), top))
+    return (out if mask is None else out * mask[..., None, None]), lse, top
+
+
 def window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -180,6 +206,9 @@ def window_attention(
             state = init_state(B, window, sinks, kv_heads, k.shape[-1], v.shape[-1], kept, k.device)
         after = advance(state, k, v, mask, documents)
         dtype, out_dtype = working_dtype(q, k, v), v.dtype
+        if T == 1 and documents is None:
+            out, lse, top = step(q.to(dtype) * scale, after, mask, window=window)
+            return (out.to(out_dtype), lse, top, after) if return_max else (out.to(out_dtype), lse, after)
         q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
         block = min(T, 64, max(16, window))
         valid = k.new_ones(B, T, dtype=torch.bool) if mask is None else mask
