@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from linearize.data import prepare
 from linearize.errors import UserError, disk_full
@@ -32,6 +34,9 @@ from linearize.registry import find
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 from linearize.training.processes import is_main, wait_for_all
+
+LOCK = ".lock"
+"""File in `run` that the process which converts into the folder holds locked."""
 
 
 def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, say: Callable = print) -> Path:
@@ -50,11 +55,15 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         UserError: for everything a recipe, a model or a machine can do wrong; nothing on disk is lost.
     """
     out = Path(out if out is not None else f"{Path(recipe.model.name).name}-{recipe.mixer['type']}")
-    if not is_main():
-        say = _nothing
     plan = plan_of(recipe)
-    if is_main():
-        claim(out, recipe, resume)
+    if not is_main():
+        return _convert(recipe, plan, out, resume, _nothing)
+    claim(out, recipe, resume)
+    with alone(out):
+        return _convert(recipe, plan, out, resume, say)
+
+
+def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable) -> Path:
     say(str(plan))
     model, tokenizer = load(
         plan.source,
@@ -64,7 +73,7 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         trust_remote_code=recipe.model.trust_remote_code,
         revision=recipe.model.revision,
     )
-    stages = stages_of(recipe, plan.family)
+    stages = stages_of(recipe.stages, plan.family)
     lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
     data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]
     swap(model, plan, recipe.seed)
@@ -102,15 +111,22 @@ def plan_of(recipe: Recipe) -> Plan:
     with torch.device("meta"):
         skeleton = find("families", plan.family, Family).model_class(copy.deepcopy(config))
         linearized(skeleton, plan.family, plan.description())
-    for stage in stages_of(recipe, plan.family):
+    for stage in stages_of(recipe.stages, plan.family):
         stage.check(skeleton)
     return plan
 
 
-def stages_of(recipe: Recipe, family: str) -> list[Stage]:
-    """The recipe's stages, ready to run on a model of `family`."""
-    found = find("families", family, Family)
-    return [find("stages", config.type, Stage)(config, found) for config in recipe.stage_configs()]
+def stages_of(settings: Sequence[Mapping[str, Any]], family: str, *, trusted: bool = True) -> list[Stage]:
+    """The stages that `settings` describe, as `Recipe.stages` has them, ready to run on a model of `family`.
+
+    `trusted` is False where the settings come from a checkpoint, see `registry.find`.
+    """
+    architecture = find("families", family, Family)
+    classes = [find("stages", values["type"], Stage, trusted=trusted) for values in settings]
+    return [
+        stage(stage.Config.model_validate(values), architecture)
+        for stage, values in zip(classes, settings, strict=True)
+    ]
 
 
 def swap(model: Any, plan: Plan, seed: int) -> None:
@@ -144,12 +160,43 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
                 + "; use the first recipe, or another output folder"
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or not _is_unbegun(out)):
         remedy = "resume it with --resume" if mark.exists() else "it was not made by this command"
         raise UserError(f"output folder {out} is in use ({remedy}); choose another with -o, or remove it")
-    with disk_full(out):
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(recipe.to_yaml())
+    try:
+        with disk_full(out):
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            partial = mark.with_suffix(".partial")
+            partial.write_text(recipe.to_yaml())
+            os.replace(partial, mark)
+    except OSError as error:
+        raise UserError(f"cannot write to output folder {out}: {error.strerror}; choose another with -o") from error
+
+
+def _is_unbegun(out: Path) -> bool:
+    """Whether `out` holds nothing but what a `claim` that was killed may have left."""
+    own = {out / "run", out / "run" / LOCK, out / "run" / "recipe.partial"}
+    return set(out.rglob("*")) <= own
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep every other conversion out of `out` as long as the context lasts; a killed process lets go by itself.
+
+    Raises:
+        UserError: when another process converts into `out`.
+    """
+    lock = FileLock(out / "run" / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"output folder {out} is in use by another running conversion; wait for it, or choose another with -o"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Points:

@@ -126,8 +126,11 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
             layers.append(LayerPlan(index, module, None, kv_bytes_per_token=kv))
             continue
         with FakeTensorMode(), _default_dtype(dtype):
-            mixer = mixer_class(_on_torch(settings), shape)
-            held = state_bytes(mixer, shape, dtype)
+            try:
+                mixer = mixer_class(_on_torch(settings), shape)
+                held = state_bytes(mixer, shape, dtype)
+            except ValueError as error:
+                raise UserError(f"mixer {recipe.mixer['type']!r} cannot serve layer {index}: {error}") from error
         inits = mixer.inits()
         new = tuple(NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters())
         layers.append(LayerPlan(index, module, recipe.mixer["type"], new, held, kv))

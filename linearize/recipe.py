@@ -22,7 +22,6 @@ from linearize.mixers.base import Mixer
 from linearize.registry import find
 from linearize.schema import Strict, user_error
 from linearize.stages.base import Stage
-from linearize.training.config import TrainingConfig
 
 ALIASES = {
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
@@ -62,7 +61,9 @@ class ModelConfig(Strict):
 class ExportConfig(Strict):
     """How the result is written."""
 
-    max_shard_size: str = Field("5GB", description="Largest safetensors file.")
+    max_shard_size: str = Field(
+        "5GB", pattern=r"^[1-9][0-9]* ?[KMGT]B$", description="Largest safetensors file, such as 500MB or 5GB."
+    )
 
 
 class Recipe(Strict):
@@ -126,7 +127,10 @@ class Recipe(Strict):
         path = _find_recipe(name, model)
         data = _read_yaml(path)
         if model is not None:
-            data.setdefault("model", {})["name"] = model
+            section = data.setdefault("model", {})
+            if not isinstance(section, dict):
+                raise UserError(f"{path}: model must hold keys such as name, got {section!r}")
+            section["name"] = model
         for override in overrides:
             _override(data, override)
         return cls.parse(data)
@@ -146,10 +150,6 @@ class Recipe(Strict):
     def resolved_model(self) -> str:
         """The path or hub name that `model.name` stands for."""
         return resolve_model(self.model.name)
-
-    def stage_configs(self) -> list[TrainingConfig]:
-        """The stages' settings as objects."""
-        return [find("stages", s["type"], Stage).Config.model_validate(s) for s in self.stages]
 
     def to_yaml(self) -> str:
         """The resolved recipe, which reproduces the run."""
@@ -200,7 +200,7 @@ def _find_recipe(name: str | Path | None, model: str | None) -> Path:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping of recipe keys, got {type(data).__name__}")
@@ -215,7 +215,10 @@ def _override(data: dict[str, Any], override: str) -> None:
     node: Any = data
     for part in parents:
         node = _step(node, part, path, create=True)
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML; quote it: {path}='\"...\"'") from error
     if isinstance(node, list):
         _step(node, last, path, create=False)
         node[int(last)] = value

@@ -1,7 +1,7 @@
 """Finds mixers, families and stages by name: the name of a file in their package is the key that users type.
 
 There is no list to edit. `module:Class` reaches a class outside the package; that is the only way a recipe can make
-this toolkit import code, and it has to be written out.
+this toolkit import code, and it has to be written out. A checkpoint cannot: see `find`'s `trusted`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
 from types import ModuleType
 from typing import TypeVar
 
@@ -26,13 +27,27 @@ def keys(package: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(root.__path__) if not m.ispkg and m.name != "base")
 
 
-def find(package: str, key: str, base: type[T]) -> type[T]:
+def find(package: str, key: str, base: type[T], *, trusted: bool = True) -> type[T]:
     """The subclass of `base` that `key` names: a file of `linearize.<package>`, or `module:Class`.
 
+    Args:
+        package: "mixers", "families" or "stages".
+        key: the name.
+        base: what the class must derive from.
+        trusted: whether the user wrote or vouched for `key`. False for names read from a checkpoint: they import no
+            module from outside the package, and find only classes of modules that this program has imported itself.
+
     Raises:
-        UserError: for an unknown key, a module that cannot be imported, or a class that is not a `base`.
+        UserError: for an unknown key, a module that cannot be, or must not be, imported, or a class that is not a
+            `base`.
     """
     if ":" in key:
+        if not trusted and key.partition(":")[0] not in sys.modules:
+            raise UserError(
+                f"{_one(package)} {key!r} is code outside this toolkit, which was not imported because only the "
+                "checkpoint asks for it; if you trust it, import that module first, or load with "
+                "linearize.load(..., trust_remote_code=True)"
+            )
         return _outside(package, key, base)
     known = keys(package)
     if key not in known:
@@ -64,7 +79,7 @@ def _outside(package: str, key: str, base: type[T]) -> type[T]:
             f"cannot import {module_name!r} for {_one(package)} {key!r}: {error}; "
             "install it, or add its folder to PYTHONPATH"
         ) from error
-    cls = getattr(module, class_name, None)
+    cls = vars(module).get(class_name)  # not getattr: a lazy module would import more
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         raise UserError(
             f"{key!r} is not a {base.__name__} class; {module_name} must define a class {class_name!r} that derives "

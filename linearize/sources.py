@@ -190,7 +190,7 @@ def _encoder(
     if config.completion_only and kind == "text":
         raise UserError("data.completion_only=true needs chat or instruction data; this source is plain text")
     if kind == "chat":
-        return lambda batch: [_encode_chat(messages, config, tokenizer) for messages in batch[column]]
+        return lambda batch: [_encode_chat(messages, config, tokenizer) for messages in batch[column] if messages]
     if kind == "instruction":
         return lambda batch: _encode_instructions(batch, tokenizer)
 
@@ -228,11 +228,14 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = T
 
 def _encode_instructions(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     inputs = batch.get("input") or [""] * len(batch["instruction"])
+    rows = [row for row in zip(batch["instruction"], inputs, batch["output"], strict=True) if row[0] and row[2]]
+    if not rows:
+        return []
     prompts = [
         (_ALPACA_INPUT if context else _ALPACA).format(instruction=instruction, input=context)
-        for instruction, context in zip(batch["instruction"], inputs, strict=True)
+        for instruction, context, _ in rows
     ]
-    pairs = zip(_ids(tokenizer, prompts), _ids(tokenizer, batch["output"], special=False), strict=True)
+    pairs = zip(_ids(tokenizer, prompts), _ids(tokenizer, [row[2] for row in rows], special=False), strict=True)
     return [(prompt + output, [True] * len(prompt) + [False] * len(output)) for prompt, output in pairs]
 
 
@@ -240,13 +243,7 @@ def _encode_chat(
     messages: list[dict[str, str]], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation; what the assistant says is completion, everything else prompt."""
-    turns = [
-        {
-            "role": _ROLES.get(role := message.get("role") or message["from"], role),
-            "content": message.get("content") or message.get("value") or "",
-        }
-        for message in messages
-    ]
+    turns = [_turn(message, config) for message in messages]
     ids = _render(turns, tokenizer)
     if not config.completion_only:
         return ids, [False] * len(ids)
@@ -262,6 +259,18 @@ def _encode_chat(
             )
         prompt[len(before) : len(after)] = [False] * (len(after) - len(before))
     return ids, prompt
+
+
+def _turn(message: Any, config: DataConfig) -> dict[str, str]:
+    """One message as `{"role": ..., "content": ...}`, from either of the two usual spellings."""
+    role: Any = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
+    if role is None:
+        raise UserError(
+            f"data.source={config.source!r} has a chat message without a role: {str(message)[:80]!r}; messages need "
+            "role and content, or from and value. Choose another column with data.text_column=..., or other data"
+        )
+    content = message.get("content") or message.get("value") or ""
+    return {"role": _ROLES.get(role, role), "content": content}
 
 
 def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False) -> list[int]:

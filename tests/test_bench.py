@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_peak_sees_memory_that_is_freed_again():
 
 def test_training_steps_are_timed_beside_the_teachers(converted):
     model = converted("lolcats")
-    stages = stages_of(Recipe.load("demo/lolcats", model="demo"), "llama")
+    stages = stages_of(Recipe.load("demo/lolcats", model="demo").stages, "llama")
     report = bench(model, lengths=[16], decode_tokens=2, repeats=1, stages=stages, train_length=32)
     transfer, finetune = report.steps
     assert (transfer.stage, finetune.stage) == ("attention_transfer", "finetune")
@@ -105,6 +106,12 @@ def test_random_model_from_a_config_is_swapped_and_initialised(pico_config, tmp_
     assert torch.equal(logits, random_model(str(tmp_path), mixer, dtype=torch.bfloat16)(input_ids=ids).logits)
     with teacher_path(model):
         assert not torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_a_checkpoints_recipe_runs_no_code():
+    with pytest.raises(UserError, match="'antigravity:Stage' is code outside this toolkit"):
+        stages_of([{"type": "antigravity:Stage"}], "llama", trusted=False)
+    assert "antigravity" not in sys.modules
 
 
 def test_unknown_shape_lists_the_known():

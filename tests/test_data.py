@@ -374,3 +374,18 @@ def test_default_cache_is_in_the_hugging_face_home(tmp_path, tokenizer, monkeypa
     monkeypatch.setattr(linearize.data, "HF_HOME", str(tmp_path / "home"))
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": "Fish. " * 20}))
     assert prepare(config(tmp_path), tokenizer).folder.parent == tmp_path / "home" / "linearize"
+
+
+def test_rows_without_content_are_skipped(make):
+    chat = [{"role": "user", "content": "One fish."}, {"role": "assistant", "content": "Two fish and a longer tail."}]
+    rows = [{"messages": chat}, {"messages": None}, {"messages": []}] * 2
+    assert make(rows).info["documents"] == 2
+    pair = {"instruction": "Name a fish.", "output": "Red fish, blue fish, old fish."}
+    rows = [pair, {**pair, "output": None}, {**pair, "instruction": None}] * 2
+    assert make(rows).info["documents"] == 2
+
+
+@pytest.mark.parametrize("message", [{"speaker": "user", "text": "One fish."}, "One fish."])
+def test_a_message_without_a_role_is_shown(make, message):
+    with pytest.raises(UserError, match="a chat message without a role: .*One fish.*data.text_column"):
+        make([{"messages": [message]}])

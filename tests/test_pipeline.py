@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +242,49 @@ def test_stages_of_one_type_are_numbered(source: Path) -> None:
     assert list(points) == ["teacher", "untrained", "after finetune 1", "after finetune 2"]
     assert [point["tokens"] for point in points.values()] == [0, 0, 128, 256]
     assert len(metrics(out / "run" / "1-finetune")) == 2, "half the sequence length, twice the steps"
+
+
+def test_a_start_that_was_killed_is_no_folder_in_use(source: Path) -> None:
+    (source / "out" / "run").mkdir(parents=True)
+    (source / "out" / "run" / "recipe.partial").write_text("model:")
+    out = convert(make_recipe(source, stages=[]), source / "out", say=quiet)
+    assert (out / "config.json").exists()
+
+
+def test_two_conversions_cannot_share_a_folder(source: Path) -> None:
+    recipe, out = make_recipe(source, stages=[]), source / "out"
+    convert(recipe, out, say=quiet)
+    with pipeline.alone(out), pytest.raises(UserError, match="is in use by another running conversion"):
+        convert(recipe, out, resume=True, say=quiet)
+    convert(recipe, out, resume=True, say=quiet)
+
+
+def test_the_output_folder_may_be_another_file_system(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source / "disk").mkdir()
+    (source / "out").symlink_to(source / "disk")
+    rename = os.replace
+
+    def within_one_disk(before: Path, after: Path) -> None:
+        disks = {(source / "disk") in Path(path).resolve().parents for path in (before, after)}
+        if len(disks) > 1:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(before, after)
+
+    monkeypatch.setattr("os.replace", within_one_disk)
+    linearize.load(convert(make_recipe(source, stages=[]), source / "out", say=quiet))
+    assert not (source / "disk" / ".partial").exists()
+
+
+def test_lora_on_a_tied_head_is_refused_before_training(
+    source: Path, pico_model: Callable[..., Any], pico_tokenizer: Any
+) -> None:
+    write_source(source, pico_model(tie_word_embeddings=True), pico_tokenizer)
+    stages = [{"type": "finetune", "tokens": 128, "batch_size": 4, "lora": {"r": 2, "targets": ["lm_head"]}}]
+    with pytest.raises(UserError, match="lora target 'lm_head' shares its weight with the input embeddings"):
+        plan_of(make_recipe(source, stages=stages))
+
+
+def test_an_impossible_chunk_size_is_named_by_the_plan(source: Path) -> None:
+    mixer = {"type": "lolcats", "window": 8, "chunk_size": 3}
+    with pytest.raises(UserError, match="mixer 'lolcats' cannot serve layer 0: .*power of two, got 3"):
+        plan_of(make_recipe(source, mixer=mixer, stages=[]))

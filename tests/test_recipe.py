@@ -175,7 +175,7 @@ def test_every_shipped_recipe_is_valid_and_reproduces_itself(name: str) -> None:
     model = name.split("/")[0]
     assert model == "default" or resolve_model(recipe.model.name) == resolve_model(model)
     assert sum(stage["tokens"] for stage in recipe.stages) > 0
-    assert recipe.stage_configs()[-1].type == "finetune"
+    assert recipe.stages[-1]["type"] == "finetune"
     text = recipe.to_yaml()
     again = Recipe.parse(yaml.safe_load(text))
     assert again == recipe and again.to_yaml() == text
@@ -198,3 +198,22 @@ def test_the_papers_settings_of_lolcats() -> None:
     )
     assert (finetune["tokens"], finetune["lr"], finetune["batch_size"]) == (20_000_000, 1e-4, 8)
     assert (finetune["lora"]["r"], finetune["lora"]["alpha"]) == (8, 16)
+
+
+@pytest.mark.parametrize("override", ["data.source=[oops", "data.source='x"])
+def test_an_override_that_is_not_yaml(override: str) -> None:
+    with pytest.raises(UserError, match="the value is not valid YAML"):
+        Recipe.load("lolcats", "demo", [override])
+
+
+@pytest.mark.parametrize("text", [b"model: \xff\xfe", b"model: x\n"])
+def test_a_recipe_file_that_is_not_one(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "r.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=r"r\.yaml"):
+        Recipe.load(tmp_path / "r.yaml", "demo")
+
+
+@pytest.mark.parametrize("override", ["stages.0.lr=.inf", "export.max_shard_size=foo", "export.max_shard_size=0GB"])
+def test_values_that_would_fail_only_after_training(override: str) -> None:
+    with pytest.raises(UserError, match=override.partition("=")[0].replace(".", "[.]")):
+        Recipe.load("lolcats", "demo", [override])

@@ -8,7 +8,9 @@ code to load it without the toolkit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,27 @@ PREFIX = "linearized_"
 """What the `model_type` of a converted model begins with; the source's `model_type` follows."""
 
 
+_trusted: ContextVar[bool] = ContextVar("linearize_trusted", default=False)
+
+
+@contextmanager
+def trusting(trusted: bool) -> Iterator[None]:
+    """Inside the context, `trusted` says whether checkpoints may name mixers whose modules have to be imported."""
+    token = _trusted.set(trusted)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
 def find_mixer(key: str) -> type[Mixer]:
-    """The mixer class that a recipe or a checkpoint's config names.
+    """The mixer class that a checkpoint's config names.
 
     Raises:
-        UserError: for an unknown key; see `registry.find`.
+        UserError: for an unknown key, and outside `trusting(True)` for `module:Class` of a module that nobody has
+            imported; see `registry.find`.
     """
-    return registry.find("mixers", key, Mixer)
+    return registry.find("mixers", key, Mixer, trusted=_trusted.get())
 
 
 @cache
@@ -89,7 +105,8 @@ def linearized(model: Any, model_type: str, description: Mapping[str, Any]) -> A
     """
     family = registry.find("families", model_type, Family)
     config_class, model_class = classes(model_type)
-    specs = mixer_specs(description, find_mixer, config_from_dict)
+    with trusting(True):  # the description comes from a recipe, not from a checkpoint
+        specs = mixer_specs(description, find_mixer, config_from_dict)
     found: type = type(model)
     assert found is family.model_class, f"{found} is not {family.model_class}"
     model.__class__ = model_class

@@ -94,11 +94,13 @@ def _write(model: Any, tokenizer: Any, folder: Path, max_shard_size: str, extra_
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; on success its files move to `out`, `config.json` last.
+    """A folder to write into; on success its files move to `out`, `config.json` last.
 
-    An interrupted export leaves `out` as it was, or, within the last renames, without a `config.json`.
+    It lies beside a new `out`, and inside one that exists, because that may be a mount point or a link to another
+    file system, onto which nothing can be renamed. An interrupted export leaves the checkpoint in `out` as it was, or,
+    within the last renames, without a `config.json`.
     """
-    folder = out.parent / f".{out.name}.partial"
+    folder = out / ".partial" if out.exists() else out.parent / f".{out.name}.partial"
     with disk_full(out.parent, safe="no file in the target folder has been changed"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from linearize.errors import UserError
-from linearize.hf.auto import register
+from linearize.hf.auto import register, trusting
 from linearize.hf.export import ADAPTER
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -39,7 +39,8 @@ def load(
             float32.
         device: where the weights go, loaded there directly; None is the CPU.
         trust_remote_code: run code of the repository, for architectures that transformers does not have.
-            Converted checkpoints do not need it.
+            Converted checkpoints do not need it, unless their mixer is a `module:Class` of your own that is not
+            imported yet.
         revision: branch, tag or commit of a hub repository.
         attn_implementation: kernel of the softmax layers, as transformers names it; its choice when None.
 
@@ -59,16 +60,17 @@ def load(
     loader: Any = AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, report = loader.from_pretrained(
-            source,
-            config=config,
-            dtype=_dtype(dtype),
-            device_map=None if device is None else {"": torch.device(device)},
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with trusting(trust_remote_code):
+            model, report = loader.from_pretrained(
+                source,
+                config=config,
+                dtype=_dtype(dtype),
+                device_map=None if device is None else {"": torch.device(device)},
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except OSError as error:
         raise UserError(_unreachable(source, error)) from error
     _check_complete(source, report)

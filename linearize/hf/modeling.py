@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 
 from linearize.families.base import Family
@@ -47,6 +48,23 @@ def build_classes(family: type[Family], find: Callable[[str], type[Mixer]], modu
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
             swap_layers(self, family, mixer_specs(config.linearize, find, config_from_dict))
+            if not any(p.is_meta for p in self.parameters()):  # post_init ran before there were mixers
+                for attn in swapped(self).values():
+                    self._init_mixer(attn.mixer)
+
+        def _init_weights(self, module: Any) -> None:
+            super()._init_weights(module)
+            if isinstance(module, Mixer):
+                self._init_mixer(module)
+
+        @torch.no_grad()
+        def _init_mixer(self, mixer: Mixer) -> None:
+            # from_pretrained calls this too, with the tensors it has read marked; those it keeps
+            name = next(f"{n}.mixer" for n, attn in swapped(self).items() if attn.mixer is mixer)
+            inits = mixer.inits()
+            for key, parameter in mixer.named_parameters():
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    inits[key].fill(parameter, name=f"{name}.{key}", seed=0)
 
         def _prepare_cache_for_generation(
             self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any

@@ -133,9 +133,10 @@ def linear_attention(
     q `[B, T, Hq, F]`, k `[B, T, Hkv, F]` are feature-mapped, v `[B, T, Hkv, V]`; mask `[B, T]` bool, real
     tokens first in each row; documents `[B, T]` int of the queries and key_documents of the keys (default:
     the same; they may lag behind); state as returned; chunk_size in tokens, a power of two.
-    Returns num `[B, T, Hq, V]` in v's dtype, den `[B, T, Hq]` = sum_{i<=t} q_t . k_i in float32 (float64 for
-    float64 inputs), and the state (S `[B, Hq, F, V]`, z `[B, Hq, F]`) in the same precision; with documents
-    it is that of the row's last document. Padding changes no state; num and den at padding carry no meaning.
+    Returns num `[B, T, Hq, V]`, den `[B, T, Hq]` = sum_{i<=t} q_t . k_i and the state (S `[B, Hq, F, V]`,
+    z `[B, Hq, F]`), all in float32 (float64 for float64 inputs): num grows with T and overflows float16 before it
+    is divided by den. With documents the state is that of the row's last document. Padding changes no state; num
+    and den at padding carry no meaning.
     Raises ValueError for shapes that do not fit, documents with a state, or a backend that cannot be met.
     """
     check_inputs("linear_attention", q, k, v, mask=mask, documents=documents, state=state)
@@ -150,7 +151,6 @@ def linear_attention(
         if documents is not None:
             key_documents = fill_padding(documents if key_documents is None else key_documents, mask)
             documents = fill_padding(documents, mask)
-        out_dtype = v.dtype
         k, v = (expand_heads(zero_padding(x, mask), heads) for x in (k, v))
         if chosen == "fla":
             shared = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -171,4 +171,4 @@ def linear_attention(
                     state=state,
                     chunk_size=chunk_size,
                 )
-        return num.to(out_dtype), den, state
+        return num.to(dtype), den, state

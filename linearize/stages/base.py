@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from linearize.data import PackedDataset
-from linearize.errors import UserError
+from linearize.errors import UserError, disk_full
 from linearize.families.base import Family
 from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
 from linearize.training.config import TrainingConfig
@@ -114,16 +114,17 @@ class Stage:
         dtypes, parameters = self.begin(model)
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        seconds = train(
-            self.config,
-            parameters,
-            data,
-            folder,
-            backward=lambda batch, weight: self.backward(model, batch, weight),
-            count=self.count,
-            lr_scale=self.lr_scale,
-            resume=resume,
-        )
+        with disk_full(folder):  # TensorBoard's writer raises from any of its calls
+            seconds = train(
+                self.config,
+                parameters,
+                data,
+                folder,
+                backward=lambda batch, weight: self.backward(model, batch, weight),
+                count=self.count,
+                lr_scale=self.lr_scale,
+                resume=resume,
+            )
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.eval()

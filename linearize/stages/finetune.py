@@ -5,6 +5,7 @@ Source of the default (LoRA rank 8 on q, k, v, o at 1e-4): LoLCATs (arXiv:2410.1
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import torch
@@ -128,4 +129,11 @@ class Finetune(Stage):
         for name in chosen:
             if name not in linear:
                 raise UserError(f"unknown lora target {name!r}{did_you_mean(name, [*short, *linear])}")
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in chosen and any(uses[id(p)] > 1 for p in module.parameters()):
+                raise UserError(
+                    f"lora target {name!r} shares its weight with the input embeddings, so its adapter cannot be told "
+                    "apart from a change of those; leave it out, or use a model with untied embeddings"
+                )
         return chosen

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from linearize import registry
 from linearize.errors import UserError
 from linearize.hf.export import export
 from linearize.hf.load import load
+from linearize.swap import swapped
 
 
 @pytest.fixture
@@ -101,3 +104,32 @@ def test_weights_of_another_conversion(folder: Path) -> None:
 def test_unknown_dtype(folder: Path) -> None:
     with pytest.raises(UserError, match="unknown dtype 'bf17'"):
         load(folder, dtype="bf17")
+
+
+def test_a_checkpoint_cannot_make_the_toolkit_import_code(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text("raise SystemExit('code of a checkpoint ran')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    edit_config(folder, lambda config: config["linearize"]["mixers"][0].update(type="planted:Mixer"))
+    for loads in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(UserError, match="'planted:Mixer' is code outside this toolkit.*trust_remote_code=True"):
+            loads(folder)
+    with pytest.raises(SystemExit):
+        load(folder, trust_remote_code=True)
+    edit_config(folder, lambda config: config["linearize"]["mixers"][0].update(type="os:system"))
+    with pytest.raises(UserError, match="'os:system' is not a Mixer class"):
+        load(folder)
+
+
+@pytest.mark.parametrize("key", registry.keys("mixers"))
+def test_from_config_initialises_the_mixers(converted: Any, key: str) -> None:
+    reference = converted(key, "LSL")
+    for name, attn in swapped(reference).items():
+        attn.mixer.initialise(f"{name}.mixer", seed=0)
+    expected = dict(reference.named_parameters())
+    fresh = [AutoModelForCausalLM.from_config(reference.config) for _ in range(3)]
+    for model in fresh:  # memory that was not written would differ between them
+        for name, parameter in model.named_parameters():
+            if ".mixer." in name:
+                assert torch.equal(parameter, expected[name]), name
