@@ -46,7 +46,7 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         recipe: a validated recipe.
         out: folder for the checkpoint. Default: `<model>-<mixer>` in the current folder.
         resume: go on with an interrupted conversion of the same recipe in `out`.
-        say: receives the plan and the final table, a text each.
+        say: receives the plan, what is being measured, and the final table, a text each.
 
     Returns:
         `out`.
@@ -77,7 +77,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
     data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]
     swap(model, plan, recipe.seed)
-    points = _Points(out / "run" / "measurements.json", recipe, tokenizer)
+    points = _Points(out / "run" / "measurements.json", recipe, tokenizer, say)
     with teacher_path(model):
         points.take("teacher", model)
     points.take("untrained", model)
@@ -150,7 +150,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
         UserError: when `out` holds something else, or when the recipe to resume differs from the one that began.
     """
     mark = out / "run" / "recipe.yaml"
-    if mark.exists() and resume:
+    if mark.exists() and resume and not _is_unbegun(out):
         before, now = _flat(yaml.safe_load(mark.read_text())), _flat(recipe.model_dump(mode="json"))
         changed = [k for k in dict.fromkeys([*before, *now]) if before.get(k) != now.get(k)]
         if changed:
@@ -174,8 +174,8 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def _is_unbegun(out: Path) -> bool:
-    """Whether `out` holds nothing but what a `claim` that was killed may have left."""
-    own = {out / "run", out / "run" / LOCK, out / "run" / "recipe.partial"}
+    """Whether `out` holds nothing but what a conversion leaves that stopped before it trained or measured."""
+    own = {out / "run", *(out / "run" / name for name in (LOCK, "recipe.partial", "recipe.yaml"))}
     return set(out.rglob("*")) <= own
 
 
@@ -202,8 +202,8 @@ def alone(out: Path) -> Iterator[None]:
 class _Points:
     """The measurements of one conversion, kept on disk so that a resumed run does not repeat them."""
 
-    def __init__(self, path: Path, recipe: Recipe, tokenizer: Any):
-        self.path, self.recipe, self.tokenizer = path, recipe, tokenizer
+    def __init__(self, path: Path, recipe: Recipe, tokenizer: Any, say: Callable):
+        self.path, self.recipe, self.tokenizer, self.say = path, recipe, tokenizer, say
         self.tokens, self.seconds = 0, 0.0
         self.text: torch.Tensor | None = None
         saved = json.loads(path.read_text()) if path.exists() else []
@@ -218,6 +218,7 @@ class _Points:
         config = self.recipe.evaluation
         if config is None or name in self.taken:
             return
+        self.say(f"measuring: {name}")
         if self.text is None:
             self.text = eval_tokens(config, self.tokenizer, self.recipe.data)
         found = measure(model, self.tokenizer, config, token_ids=self.text, seq_len=self.recipe.data.seq_len)

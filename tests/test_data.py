@@ -147,7 +147,7 @@ def test_template_that_rewrites_turns_is_refused_for_completions(tmp_path):
 
 
 def test_limits_and_shards(make, monkeypatch):
-    monkeypatch.setattr(linearize.data, "_SHARD_TOKENS", 16)
+    monkeypatch.setattr(linearize.data.dataset, "_SHARD_TOKENS", 16)
     rows = texts(*(f"Document number {i} of many fish." for i in range(12)))
     data = make(rows)
     assert len(data.info["shards"]) > 2
@@ -197,8 +197,8 @@ def test_recall_documents_are_their_share_of_rows(make, tokenizer):
 def test_second_call_reuses_and_changes_are_seen(make, tokenizer, tmp_path, monkeypatch):
     first = make(texts(*TEXTS))
     calls = []
-    original = linearize.data.tokenized
-    monkeypatch.setattr(linearize.data, "tokenized", lambda *a: calls.append(1) or original(*a))
+    original = linearize.data.dataset.tokenized
+    monkeypatch.setattr(linearize.data.dataset, "tokenized", lambda *a: calls.append(1) or original(*a))
     tokenizer(["a", "b b b b"], padding=True, truncation=True, max_length=3)  # leaves settings in the tokenizer
     again = prepare(config(tmp_path), tokenizer, cache_dir=tmp_path / "cache")
     assert again.folder == first.folder and not calls
@@ -211,19 +211,19 @@ def test_second_call_reuses_and_changes_are_seen(make, tokenizer, tmp_path, monk
 
 
 def test_interrupted_preparation_leaves_nothing(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(linearize.data, "_SHARD_TOKENS", 16)
-    save = linearize.data._save
+    monkeypatch.setattr(linearize.data.dataset, "_SHARD_TOKENS", 16)
+    save = linearize.data.dataset._save
 
     def interrupted(rows, folder, number):
         if number == 1:
             raise KeyboardInterrupt
         return save(rows, folder, number)
 
-    monkeypatch.setattr(linearize.data, "_save", interrupted)
+    monkeypatch.setattr(linearize.data.dataset, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(texts(*TEXTS))
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir() and p.name != "sources"]
-    monkeypatch.setattr(linearize.data, "_save", save)
+    monkeypatch.setattr(linearize.data.dataset, "_save", save)
     assert len(make(texts(*TEXTS))) > 2
 
 
@@ -249,7 +249,7 @@ def test_full_disk_is_a_user_error(make, tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(linearize.data, "save_file", full)
+    monkeypatch.setattr(linearize.data.dataset, "save_file", full)
     with pytest.raises(UserError, match="no space left while writing to .*finished data sets"):
         make(texts(*TEXTS))
     assert not list((tmp_path / "cache").glob("*.partial"))
@@ -355,14 +355,14 @@ def test_every_setting_is_described_and_unknown_ones_are_refused():
 
 def test_two_at_once_prepare_once(tmp_path, tokenizer, monkeypatch):
     calls = []
-    original = linearize.data.tokenized
+    original = linearize.data.dataset.tokenized
 
     def slow(*arguments):
         calls.append(arguments)
         time.sleep(0.3)
         return original(*arguments)
 
-    monkeypatch.setattr(linearize.data, "tokenized", slow)
+    monkeypatch.setattr(linearize.data.dataset, "tokenized", slow)
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": "Fish. " * 20}))
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(prepare, config(tmp_path), tokenizer, cache_dir=tmp_path / "cache") for _ in "ab"]
@@ -371,7 +371,7 @@ def test_two_at_once_prepare_once(tmp_path, tokenizer, monkeypatch):
 
 
 def test_default_cache_is_in_the_hugging_face_home(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(linearize.data, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(linearize.data.dataset, "HF_HOME", str(tmp_path / "home"))
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": "Fish. " * 20}))
     assert prepare(config(tmp_path), tokenizer).folder.parent == tmp_path / "home" / "linearize"
 

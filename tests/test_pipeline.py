@@ -31,7 +31,7 @@ def source(
     pico_model: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A folder with a source checkpoint and a training text, and the cache of prepared data."""
-    monkeypatch.setattr("linearize.data.HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
     write_source(tmp_path, pico_model(), pico_tokenizer)
     return tmp_path
 
@@ -288,3 +288,12 @@ def test_an_impossible_chunk_size_is_named_by_the_plan(source: Path) -> None:
     mixer = {"type": "lolcats", "window": 8, "chunk_size": 3}
     with pytest.raises(UserError, match="mixer 'lolcats' cannot serve layer 0: .*power of two, got 3"):
         plan_of(make_recipe(source, mixer=mixer, stages=[]))
+
+
+def test_a_start_that_failed_does_not_block_its_folder(source: Path) -> None:
+    out, good = source / "out", recipe_dict(source, stages=[])
+    bad = {**good, "data": {**good["data"], "source": "nowhere.txt"}, "stages": [{"type": "finetune", "tokens": 8}]}
+    with pytest.raises(UserError):
+        convert(Recipe.parse(bad), out, say=quiet)
+    convert(Recipe.parse(good), out, say=quiet)
+    assert (out / "config.json").is_file()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from linearize.data import DataConfig, read_tokens
+from linearize.data import DataConfig, read_tokens, tokens_of
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
 from linearize.evals.lm_harness import lm_eval_tasks
@@ -152,9 +152,12 @@ def eval_tokens(config: EvalConfig, tokenizer: Any, data: DataConfig | None = No
         split = "train" if Path(source).expanduser().is_file() else config.split
         return read_tokens(source, tokenizer, split, max_tokens=TEXT_TOKENS)
     try:
-        return read_tokens(data.source, tokenizer, config.split, name=data.name, max_tokens=TEXT_TOKENS)
+        return tokens_of(data.model_copy(update={"split": config.split}), tokenizer, max_tokens=TEXT_TOKENS)
     except UserError as error:
-        raise UserError(f"no evaluation text: {error}. Set evaluation.text, for example to demo") from error
+        raise UserError(
+            f"no evaluation text: {error}. Set evaluation.text to a held-out file or to demo, or evaluation.split to a "
+            "split that the source has"
+        ) from error
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:

@@ -34,6 +34,8 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     measured = (
         comparison_table(list(measurements.items())) if measurements else "Nothing was measured for this checkpoint."
     )
+    kept = bool(recipe.stages) and recipe.stages[-1].get("lora") and not recipe.stages[-1]["lora"]["merge"]
+    adapter = 'model = peft.PeftModel.from_pretrained(model, f"{path}/adapter")  # measured with it\n' if kept else ""
     mixer, short, long = plan.mixer["type"], plan.cache_bytes(2048) / 2**20, plan.cache_bytes(131072) / 2**20
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -51,8 +53,8 @@ over from it, with [linearize](https://pypi.org/project/linearize/). The decodin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # with `import linearize`: not needed
-tokenizer = AutoTokenizer.from_pretrained(path)
-```
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+{adapter}```
 
 ## Measured
 

@@ -5,6 +5,7 @@ Source of the default (LoRA rank 8 on q, k, v, o at 1e-4): LoLCATs (arXiv:2410.1
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any, Literal
 
@@ -88,7 +89,9 @@ class Finetune(Stage):
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(config.seed)
-        self.adapter = get_peft_model(model, settings)
+        with warnings.catch_warnings():  # peft asks for a property that transformers is renaming
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            self.adapter = get_peft_model(model, settings)
         full = {id(p) for p in chosen.values()}
         return {name: p for name, p in model.named_parameters() if id(p) in full or ".lora_" in name}
 

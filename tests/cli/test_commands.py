@@ -72,7 +72,7 @@ def test_convert_makes_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("linearize.data.HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
     for part in (pico_model(), pico_tokenizer):
         part.save_pretrained(tmp_path / "source")
     (tmp_path / "train.txt").write_text("the cat sat on the mat. " * 100)

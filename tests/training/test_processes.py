@@ -62,7 +62,7 @@ def _logged(stage: Path, step: int) -> bool:
 def test_a_conversion_killed_in_either_stage_resumes_to_the_same_bits(
     pico_model: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("linearize.data.HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
     write_source(tmp_path, pico_model(), pico_tokenizer)
     common = {"tokens": 120 * 4 * 32, "batch_size": 4, "checkpoint_every": 7}
     lora = {"r": 2, "dropout": 0.1}
@@ -91,7 +91,7 @@ def test_a_conversion_killed_in_either_stage_resumes_to_the_same_bits(
 def test_two_processes_give_the_weights_of_one(
     pico_model: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("linearize.data.HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
     write_source(tmp_path, pico_model(), pico_tokenizer)
     common = {"tokens": 4 * 4 * 32, "batch_size": 4}
     stages = [

@@ -11,17 +11,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from linearize import demo
+from linearize.data.config import DataConfig
 from linearize.errors import UserError, did_you_mean, disk_full
 from linearize.evals.recall import leading_bos
-
-if TYPE_CHECKING:
-    from linearize.data import DataConfig
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "dev"), "validation")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from linearize.data.sources import Document
 from linearize.evals.recall import recall_document
-from linearize.sources import Document
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 """input_ids `[T]` int32, document number `[T]` int32, trained `[T]` bool, how many of the tokens are real."""

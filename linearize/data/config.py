@@ -1,0 +1,55 @@
+"""Settings of the training data: the `data:` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from linearize.schema import Count, Strict
+
+
+class DataConfig(Strict):
+    """What to train on and how it is cut into sequences."""
+
+    source: str = Field(
+        "demo",
+        description="demo (text inside the package), the name of a Hub dataset, or a .parquet, .jsonl, .json "
+        "or .txt file, a folder of them, or a pattern such as texts/*.parquet. A .txt file is one document.",
+    )
+    name: str | None = Field(None, description="Configuration of the Hub dataset.")
+    revision: str | None = Field(None, description="Commit or branch of the Hub dataset. Default: its newest.")
+    split: str = Field(
+        "train",
+        description="Split, with an optional slice: train, train[:5%]. Of several local files each belongs "
+        "to the split that its name contains as a word; the others, and a file named alone, belong to train.",
+    )
+    streaming: bool = Field(
+        False, description="Read the Hub dataset while it arrives instead of downloading all of it first."
+    )
+    format: Literal["auto", "text", "chat", "instruction"] = Field(
+        "auto",
+        description="What a row is: text, a chat (list of messages, rendered by the tokenizer's chat "
+        "template, or as `role: content` lines without one), or an Alpaca instruction with its output. auto "
+        "decides by the columns.",
+    )
+    text_column: str | None = Field(
+        None, description="Column with the text or the messages. Default: text, messages or conversations."
+    )
+    seq_len: Count = Field(1024, gt=1, description="Tokens per sequence.")
+    packing: bool = Field(
+        True, description="Concatenate documents to full sequences; false: one cut or padded document each."
+    )
+    eos_between_documents: bool = Field(True, description="End every document with the end-of-sequence token.")
+    completion_only: bool = Field(
+        False, description="Train on replies only: prompts of chats and instructions are not predicted."
+    )
+    limit_documents: Count | None = Field(None, gt=0, description="Use at most this many documents.")
+    max_tokens: Count | None = Field(
+        None, gt=0, description="Prepare at most this many tokens (at least one sequence), for example 20M."
+    )
+    shuffle: bool = Field(True, description="Shuffle documents before packing, and sequences in every epoch.")
+    seed: int = Field(0, description="Seed of the document shuffle and of the synthetic recall documents.")
+    recall_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of sequences that are synthetic recall documents."
+    )
