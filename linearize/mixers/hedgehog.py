@@ -14,7 +14,7 @@ import torch
 
 from linearize.inits.base import Init
 from linearize.mixers.base import Backend, Context, HeadShape, Mixer, State
-from linearize.mixers.parts.feature_maps import FeatureMapConfig, feature_map
+from linearize.mixers.parts.feature_maps import FeatureMapConfig, feature_map, map_inits
 from linearize.ops.layout import expand_heads
 from linearize.ops.linear import linear_attention, normalized
 
@@ -44,8 +44,7 @@ class Hedgehog(Mixer):
         self.map_k = feature_map(config.feature_map, shape.heads, shape.key_dim)
 
     def inits(self) -> dict[str, Init]:
-        maps = {"map_q": self.map_q, "map_k": self.map_k}
-        return {f"{name}.{key}": init for name, part in maps.items() for key, init in part.inits().items()}
+        return map_inits(map_q=self.map_q, map_k=self.map_k)
 
     def forward(
         self,

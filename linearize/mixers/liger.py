@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from linearize.mixers.base import Backend, Context, Mixer, State
+from linearize.mixers.parts.window import check_window
 from linearize.ops.gla import gla
 from linearize.ops.layout import working_dtype
 from linearize.ops.window import window_attention
@@ -40,10 +41,7 @@ class LigerConfig:
     """Which implementation of the recurrence runs; auto takes the fla kernels on GPUs that have them."""
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"liger: window must be at least 1 token, got {self.window}")
-        if self.sinks < 0:
-            raise ValueError(f"liger: sinks must be 0 or more tokens, got {self.sinks}")
+        check_window("liger", self.window, self.sinks)
         if not 0 <= self.mix <= 1:
             raise ValueError(f"liger: mix must lie between 0 and 1, got {self.mix}")
         if self.gate_normalizer <= 0:

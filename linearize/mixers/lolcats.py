@@ -20,7 +20,8 @@ from torch import nn
 
 from linearize.inits.base import Constant, Init
 from linearize.mixers.base import Backend, Context, HeadShape, Mixer, State
-from linearize.mixers.parts.feature_maps import FeatureMapConfig, feature_map
+from linearize.mixers.parts.feature_maps import FeatureMapConfig, feature_map, map_inits
+from linearize.mixers.parts.window import check_window
 from linearize.ops.layout import expand_heads
 from linearize.ops.linear import linear_attention, normalized
 from linearize.ops.window import leaving, window_attention
@@ -48,10 +49,7 @@ class LolcatsConfig:
     """Which implementation of the recurrence runs; auto takes the fla kernels on GPUs that have them."""
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"lolcats: window must be at least 1 token, got {self.window}")
-        if self.sinks < 0:
-            raise ValueError(f"lolcats: sinks must be 0 or more tokens, got {self.sinks}")
+        check_window("lolcats", self.window, self.sinks)
         if not 0 < self.window_factor < 1:
             raise ValueError(f"lolcats: window_factor must lie between 0 and 1, got {self.window_factor}")
 
@@ -69,11 +67,9 @@ class Lolcats(Mixer):
         self.window_factor = nn.Parameter(torch.empty(shape.heads))
 
     def inits(self) -> dict[str, Init]:
-        maps = {"map_q": self.map_q, "map_k": self.map_k}
-        inits = {f"{name}.{key}": init for name, part in maps.items() for key, init in part.inits().items()}
         factor = self.config.window_factor
-        inits["window_factor"] = Constant(math.log(factor / (1 - factor)))
-        return inits
+        start = Constant(math.log(factor / (1 - factor)))
+        return {**map_inits(map_q=self.map_q, map_k=self.map_k), "window_factor": start}
 
     def forward(
         self,

@@ -76,3 +76,8 @@ MAPS = {"hedgehog": Hedgehog}
 def feature_map(config: FeatureMapConfig, heads: int, dim: int) -> FeatureMap:
     """Build the map that `config` names for `heads` heads of size `dim`."""
     return MAPS[config.type](heads, dim, config.dim or dim)
+
+
+def map_inits(**maps: FeatureMap) -> dict[str, Init]:
+    """The inits of several maps, by their names inside the mixer that holds them."""
+    return {f"{name}.{key}": init for name, part in maps.items() for key, init in part.inits().items()}
