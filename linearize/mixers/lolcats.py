@@ -88,7 +88,7 @@ class Lolcats(Mixer):
         # The ring holds rotated keys; bare ones travel through it beside the values.
         carried = torch.cat([v, bare_k.to(v.dtype)], dim=-1) if bare else v
         local = {"window": config.window, "sinks": config.sinks, "mask": ctx.mask, "documents": ctx.documents}
-        k_old, v_old, valid, key_documents = leaving(k, carried, state=past["window"], **local)
+        k_old, v_old, valid = leaving(k, carried, state=past["window"], **local)
         out, lse, peak, window_state = window_attention(
             q, k, carried, scale=self.shape.scale, state=past["window"], return_max=True, **local
         )
@@ -102,7 +102,6 @@ class Lolcats(Mixer):
             expand_heads(v_old, heads),
             mask=ctx.mask,
             documents=ctx.documents,
-            key_documents=key_documents,
             state=past["linear"],
             chunk_size=config.chunk_size,
             backend=config.backend,

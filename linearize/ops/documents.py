@@ -1,11 +1,13 @@
-"""Document boundaries of packed rows: which token may see which, for chunked operators and the fla kernels.
+"""Document boundaries of packed rows, for operators and the fla kernels.
 
 `documents` is `[B, T]` integers, non-decreasing along T; a token sees only tokens with its own number.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map
 
 
 def fill_padding(documents: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -25,40 +27,6 @@ def positions(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return start, index - start
 
 
-class ChunkVisibility(NamedTuple):
-    """What documents allow in a row cut into N chunks of c tokens (bool).
-
-    pair  `[B, 1, N, c, c]`  query i and key j of the same chunk share a document
-    read  `[B, 1, N, c, 1]`  query i belongs to the document of the state carried into its chunk
-    keep  `[B, 1, N, c, 1]`  key j belongs to the document of the chunk's last query and enters the state
-    carry `[B, 1, N, 1, 1]`  the state carried into the chunk survives it
-    """
-
-    pair: torch.Tensor
-    read: torch.Tensor
-    keep: torch.Tensor
-    carry: torch.Tensor
-
-
-def chunk_visibility(documents: torch.Tensor, key_documents: torch.Tensor, chunk_size: int) -> ChunkVisibility:
-    """Visibility between the chunks of `documents` (queries) and `key_documents`, both `[B, N * chunk_size]`.
-
-    Key documents may lag behind (`key_documents <= documents`): a key of an earlier document is then seen by
-    nobody from its position on, which is why the carried state needs the keys of one document only.
-    """
-    query = documents.unflatten(1, (-1, chunk_size))[:, None]
-    key = key_documents.unflatten(1, (-1, chunk_size))[:, None]
-    last = query[..., -1:]
-    # The carried state belongs to the last query of the chunk before; nothing precedes the first chunk.
-    before = torch.cat([query[:, :, :1, :1], last[:, :, :-1]], dim=2)
-    return ChunkVisibility(
-        pair=query[..., :, None] == key[..., None, :],
-        read=(query == before)[..., None],
-        keep=(key == last)[..., None],
-        carry=(last == before)[..., None],
-    )
-
-
 def cumulative_lengths(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Boundaries of all documents of all rows laid end to end, for kernels that take `cu_seqlens`.
 
@@ -71,3 +39,72 @@ def cumulative_lengths(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     cu_seqlens = torch.cat([starts, starts.new_tensor([batch * length])])
     last = (position == 0).sum(dim=1).cumsum(dim=0) - 1
     return cu_seqlens, last
+
+
+class Layout(NamedTuple):
+    """Where `unpack` put each document: one entry per group of rows."""
+
+    shape: torch.Size
+    row: list[torch.Tensor]
+    """Row of the packed batch that each unpacked row came from, `[R]`."""
+    source: list[torch.Tensor]
+    """Column of the packed row that each unpacked token came from, `[R, L]`, clamped beyond the document."""
+    real: list[torch.Tensor]
+    """Which unpacked tokens exist, `[R, L]`."""
+    last: list[torch.Tensor]
+    """Which unpacked rows are the last document of their packed row, `[R]`."""
+
+
+def unpack(
+    inputs: Sequence[torch.Tensor | None], documents: torch.Tensor, neutral: Sequence[float] = ()
+) -> tuple[list[list[torch.Tensor | None]], Layout]:
+    """Gives each document a row of its own, for recurrences that cannot forget in the middle of a row.
+
+    inputs `[B, T, ...]`: q, k, v and gates. Rows are grouped by length to the next power of two, so that at most
+    half of what is computed is padding; padding holds 0, and in the gates what `neutral` says.
+    """
+    length = documents.shape[1]
+    _, position = positions(documents)
+    first = (position == 0).nonzero()  # [R, 2]: row, column
+    ends = torch.cat([first[1:, 1], first.new_tensor([length])])
+    ends = torch.where(ends == 0, length, ends)
+    sizes = ends - first[:, 1]
+    is_last = ends == length
+    classes = torch.ceil(torch.log2(sizes.double())).long()
+    layout = Layout(documents.shape, [], [], [], [])
+    rows: list[list[torch.Tensor | None]] = []
+    fill = [0.0, 0.0, 0.0, *neutral] if neutral else [0.0] * len(inputs)
+    for size_class in classes.unique().tolist():
+        chosen = classes == size_class
+        row, begin, size = first[chosen, 0], first[chosen, 1], sizes[chosen]
+        index = torch.arange(int(size.max()), device=documents.device)
+        real, source = index < size[:, None], (begin[:, None] + index).clamp(max=length - 1)
+        for kept, value in zip(layout[1:], (row, source, real, is_last[chosen]), strict=True):
+            kept.append(value)
+        rows.append(
+            [
+                None
+                if x is None
+                else torch.where(real.reshape(*real.shape, *[1] * (x.dim() - 2)), x[row[:, None], source], value)
+                for x, value in zip(inputs, fill, strict=True)
+            ]
+        )
+    return rows, layout
+
+
+def repack(results: Sequence[tuple[Any, Any]], layout: Layout) -> tuple[Any, Any]:
+    """Outputs of the unpacked rows, `[R, L, ...]` each, back in their places, and the states of the last documents."""
+
+    def outputs(*parts: torch.Tensor) -> torch.Tensor:
+        packed = parts[0].new_zeros(*layout.shape, *parts[0].shape[2:])
+        for part, row, source, real in zip(parts, layout.row, layout.source, layout.real, strict=True):
+            packed = packed.index_put((row[:, None].expand_as(source)[real], source[real]), part[real])
+        return packed
+
+    def states(*parts: torch.Tensor) -> torch.Tensor:
+        kept = torch.cat([part[last] for part, last in zip(parts, layout.last, strict=True)])
+        rows = torch.cat([row[last] for row, last in zip(layout.row, layout.last, strict=True)])
+        return kept[rows.argsort()]
+
+    outs, after = zip(*results, strict=True)
+    return tree_map(outputs, outs[0], *outs[1:]), tree_map(states, after[0], *after[1:])

@@ -6,43 +6,20 @@ positive.
 
 import torch
 
-from linearize.ops.backend import choose
-from linearize.ops.documents import chunk_visibility, cumulative_lengths, fill_padding
-from linearize.ops.layout import (
-    check_inputs,
-    expand_heads,
-    fit_chunk,
-    from_chunks,
-    pad_documents,
-    read_out,
-    to_chunks,
-    working_dtype,
-    zero_padding,
-)
+from linearize.ops.layout import from_chunks, read_out, to_chunks
+from linearize.ops.recurrence import Recurrence, run
+
+Result = tuple[torch.Tensor, torch.Tensor]
 
 
-def naive(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    *,
-    scale: float,
-    documents: torch.Tensor | None = None,
-    state: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence, token by token: S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, y_t = scale q_t S_t.
-
-    Shapes as `gla`, with as many kv heads as query heads; in any float dtype.
-    """
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, state: torch.Tensor | None) -> Result:
+    """The recurrence, token by token: S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, y_t = q_t S_t."""
     B, T, H, K = q.shape
     S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state
     outs = []
     for t in range(T):
-        if documents is not None and t > 0:
-            S = S * (documents[:, t] == documents[:, t - 1])[:, None, None, None]
         S = g[:, t].exp()[..., None] * S + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        outs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
     return torch.stack(outs, dim=1), S
 
 
@@ -80,62 +57,46 @@ def decayed_scores(
 
 
 def chunk(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, state: torch.Tensor | None, chunk_size: int
+) -> Result:
+    """The same by chunks (GLA, section 4.3)."""
+    T = q.shape[1]
+    q, k, v, g = (to_chunks(x, chunk_size) for x in (q, k, v, g))
+    scores, since_start, to_end = decayed_scores(q, k, g)
+    from_start = since_start.exp()
+    decay = from_start[..., -1, :].unsqueeze(-1)
+    out, state = read_out(scores, q * from_start, k * to_end.exp(), v, decay, state)
+    return from_chunks(out, T), state
+
+
+def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, state: torch.Tensor) -> Result:
+    """A few tokens (decoding: one) from a state."""
+    outs = []
+    for q_t, k_t, v_t, decay in zip(q.unbind(1), k.unbind(1), v.unbind(1), g.exp().unbind(1), strict=True):
+        state = decay.unsqueeze(-1) * state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        outs.append((q_t.unsqueeze(-2) @ state).squeeze(-2))
+    return torch.stack(outs, dim=1), state
+
+
+def kernel(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
     *,
     scale: float,
-    documents: torch.Tensor | None = None,
-    state: torch.Tensor | None = None,
-    chunk_size: int = 64,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by chunks (GLA, section 4.3). Arguments as `naive`."""
-    T = q.shape[1]
-    size = fit_chunk("gla", chunk_size, T)
-    visibility = None
-    if documents is not None:
-        padded = pad_documents(documents, size)
-        visibility = chunk_visibility(padded, padded, size)
-    q, k, v, g = (to_chunks(x, size) for x in (q * scale, k, v, g))
-    scores, since_start, to_end = decayed_scores(q, k, g)
-    from_start = since_start.exp()
-    decay = from_start[..., -1, :].unsqueeze(-1)
-    out, state = read_out(scores, q * from_start, k * to_end.exp(), v, decay, visibility, state)
-    return from_chunks(out, T), state
-
-
-def step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor, *, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few tokens (decoding: one) from a state. Arguments as `naive`."""
-    outs = []
-    for q_t, k_t, v_t, decay in zip(q.unbind(1), k.unbind(1), v.unbind(1), g.exp().unbind(1), strict=True):
-        state = decay.unsqueeze(-1) * state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
-        outs.append(((scale * q_t).unsqueeze(-2) @ state).squeeze(-2))
-    return torch.stack(outs, dim=1), state
-
-
-def _fla(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    scale: float,
-    documents: torch.Tensor | None,
     state: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fla's kernel; documents become `cu_seqlens` over the rows laid end to end."""
+    cu_seqlens: torch.Tensor | None,
+) -> Result:
+    """fla's chunk_gla."""
     try:
         from fla.ops.gla import chunk_gla
     except ImportError as error:
         raise ValueError(f"gla: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
-    if documents is None:
-        return chunk_gla(q, k, v, g, scale=scale, initial_state=state, output_final_state=True)
-    cu_seqlens, last = cumulative_lengths(documents)
-    flat = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g))
-    out, states = chunk_gla(*flat, scale=scale, output_final_state=True, cu_seqlens=cu_seqlens)
-    return out.view(*q.shape[:3], -1), states[last]
+    return chunk_gla(q, k, v, g, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+
+
+GLA = Recurrence("gla", naive, chunk, step, kernel)
 
 
 def gla(
@@ -150,7 +111,7 @@ def gla(
     state: torch.Tensor | None = None,
     chunk_size: int = 64,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, y_t = scale * q_t S_t.
 
     q `[B, T, Hq, K]`, k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`, g `[B, T, Hq or Hkv, K]` log-decay <= 0; scale
@@ -161,28 +122,19 @@ def gla(
     carries no meaning.
     Raises ValueError for shapes that do not fit, documents with a state, or a backend that cannot be met.
     """
-    check_inputs("gla", q, k, v, mask=mask, documents=documents, state=state)
-    if g.dim() != 4 or g.shape[:2] != q.shape[:2] or g.shape[3] != q.shape[3]:
+    if g.dim() != 4 or g.shape[3] != q.shape[3]:
         raise ValueError(f"gla: g must be [B, T, H, K], got {tuple(g.shape)} beside q {tuple(q.shape)}")
-    chosen = "step"
-    if q.shape[1] > 1 or state is None or backend not in ("auto", "torch"):
-        chosen = choose("gla", backend, q)
-    with torch.autocast(q.device.type, enabled=False):
-        dtype, heads = working_dtype(q, k, v, g), q.shape[2]
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        documents = None if documents is None else fill_padding(documents, mask)
-        out_dtype = v.dtype
-        k, v, g = (expand_heads(zero_padding(x, mask), heads) for x in (k, v, g))
-        g = g.to(dtype)
-        if chosen == "fla":
-            shared = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-            out, state = _fla(q.to(shared), k.to(shared), v.to(shared), g, scale, documents, state)
-        else:
-            q, k, v = (x.to(dtype) for x in (q, k, v))
-            if chosen == "step" and state is not None:
-                out, state = step(q, k, v, g, state, scale=scale)
-            elif chosen == "naive":
-                out, state = naive(q, k, v, g, scale=scale, documents=documents, state=state)
-            else:
-                out, state = chunk(q, k, v, g, scale=scale, documents=documents, state=state, chunk_size=chunk_size)
-        return out.to(out_dtype), state
+    out, state = run(
+        GLA,
+        q,
+        k,
+        v,
+        (g,),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        mask=mask,
+        documents=documents,
+        state=state,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    return out.to(v.dtype), state

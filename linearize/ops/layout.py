@@ -7,8 +7,6 @@ Public operators take `[B, T, H, D]`; the chunked forms work on `[B, H, N, c, D]
 import torch
 import torch.nn.functional as F
 
-from linearize.ops.documents import ChunkVisibility
-
 
 def expand_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Repeats each kv head in place so that query head h finds its own copy of kv head h // G.
@@ -28,11 +26,11 @@ def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def zero_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """x `[B, T, ...]`, zero (even where it was not finite) at the tokens where mask `[B, T]` is False."""
+def zero_padding(x: torch.Tensor, mask: torch.Tensor | None, value: float = 0.0) -> torch.Tensor:
+    """x `[B, T, ...]`, `value` (even where it was not finite) at the tokens where mask `[B, T]` is False."""
     if mask is None:
         return x
-    return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - 2)), x, 0)
+    return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - 2)), x, value)
 
 
 def check_inputs(
@@ -86,19 +84,12 @@ def from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
     return x.flatten(2, 3)[:, :, :length].transpose(1, 2).contiguous()
 
 
-def pad_documents(documents: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """`[B, T]` -> `[B, N * c]`: padding belongs to the document of the last token."""
-    pad = -documents.shape[1] % chunk_size
-    return torch.cat([documents, documents[:, -1:].expand(-1, pad)], dim=1)
-
-
 def read_out(
     scores: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     decay: torch.Tensor | None,
-    visibility: ChunkVisibility | None,
     state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of a chunked recurrence: y = scores v + q S for every chunk, then S <- decay * S + k^T v.
@@ -108,11 +99,6 @@ def read_out(
     over a whole chunk (None: no decay), state `[B, H, K, V]`.
     Returns y `[B, H, N, c, V]` and the state after the last chunk.
     """
-    if visibility is not None:
-        scores = scores * visibility.pair
-        q = q * visibility.read
-        k = k * visibility.keep
-        decay = visibility.carry.to(q.dtype) if decay is None else decay * visibility.carry
     updates = (k.transpose(-1, -2) @ v).unbind(2)
     decays = None if decay is None else decay.unbind(2)
     current = torch.zeros_like(updates[0]) if state is None else state

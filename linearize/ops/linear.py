@@ -1,26 +1,21 @@
-"""Linear attention with its normaliser kept apart (Katharopoulos et al. 2020, arXiv 2006.16236).
+"""Linear attention with its normaliser kept apart (Katharopoulos et al. 2020, arXiv 2006.16236), and any decay.
 
 `linear_attention` takes feature-mapped q and k and returns numerator, denominator and state, so that a caller
-can share the denominator with another branch; `normalized` divides when there is none.
+can share the denominator with another branch; `normalized` divides when there is none. The normaliser is one more
+column of the values, always 1, in the recurrences `simple_gla` and `gla`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from linearize.ops.backend import choose
-from linearize.ops.documents import chunk_visibility, fill_padding
-from linearize.ops.layout import (
-    check_inputs,
-    expand_heads,
-    fit_chunk,
-    from_chunks,
-    pad_documents,
-    read_out,
-    to_chunks,
-    working_dtype,
-    zero_padding,
-)
+from linearize.ops.gla import GLA
+from linearize.ops.recurrence import Gate, Recurrence, run
+from linearize.ops.simple_gla import SIMPLE_GLA, obstacle
 
 State = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 Result = tuple[torch.Tensor, torch.Tensor, State]
 
 
@@ -29,146 +24,89 @@ def normalized(num: torch.Tensor, den: torch.Tensor, eps: float = 1e-6) -> torch
     return (num / (den + eps).unsqueeze(-1)).to(num.dtype)
 
 
-def naive(
+def _with_ones(form: str) -> Callable[..., tuple[Pair, State]]:
+    """The form of `simple_gla` or, for a decay per channel, `gla`, on values with a column of ones."""
+
+    def call(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Gate, *, state: State | None, **options: Any
+    ) -> tuple[Pair, State]:
+        op = SIMPLE_GLA if g is None or g.dim() == 3 else GLA
+        v_one = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
+        merged = None if state is None else torch.cat([state[0], state[1].unsqueeze(-1)], dim=-1)
+        out, merged = getattr(op, form)(q, k, v_one, g, state=merged, **options)
+        return (out[..., :-1], out[..., -1]), (merged[..., :-1], merged[..., -1])
+
+    return call
+
+
+naive, chunk, step = _with_ones("naive"), _with_ones("chunk"), _with_ones("step")
+
+
+def kernel(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    g: Gate,
     *,
-    documents: torch.Tensor | None = None,
-    key_documents: torch.Tensor | None = None,
-    state: State | None = None,
-) -> Result:
-    """The recurrence, token by token: S_t = S_{t-1} + k_t v_t^T, z_t = z_{t-1} + k_t; the truth, in any float
-    dtype.
-
-    Shapes as `linear_attention`, with as many kv heads as query heads.
-    """
-    B, T, H, F = q.shape
-    S, z = state or (q.new_zeros(B, H, F, v.shape[-1]), q.new_zeros(B, H, F))
-    nums, dens = [], []
-    for t in range(T):
-        k_t = k[:, t]
-        if documents is not None and key_documents is not None:
-            if t > 0:
-                same = (documents[:, t] == documents[:, t - 1])[:, None, None]
-                S, z = S * same[..., None], z * same
-            k_t = k_t * (key_documents[:, t] == documents[:, t])[:, None, None]
-        S = S + torch.einsum("bhf,bhv->bhfv", k_t, v[:, t])
-        z = z + k_t
-        nums.append(torch.einsum("bhf,bhfv->bhv", q[:, t], S))
-        dens.append(torch.einsum("bhf,bhf->bh", q[:, t], z))
-    return torch.stack(nums, dim=1), torch.stack(dens, dim=1), (S, z)
-
-
-def chunk(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    documents: torch.Tensor | None = None,
-    key_documents: torch.Tensor | None = None,
-    state: State | None = None,
-    chunk_size: int = 64,
-) -> Result:
-    """The same by chunks: masked q k^T inside a chunk, the state between chunks. Arguments as `naive`.
-
-    z is carried as one more column of S: the value 1 beside every v.
-    """
-    T = q.shape[1]
-    size = fit_chunk("linear_attention", chunk_size, T)
-    visibility = None
-    if documents is not None and key_documents is not None:
-        visibility = chunk_visibility(pad_documents(documents, size), pad_documents(key_documents, size), size)
-    v_one = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
-    q, k, v_one = (to_chunks(x, size) for x in (q, k, v_one))
-    scores = (q @ k.transpose(-1, -2)).tril()
-    merged = None if state is None else torch.cat([state[0], state[1].unsqueeze(-1)], dim=-1)
-    out, merged = read_out(scores, q, k, v_one, None, visibility, merged)
-    out = from_chunks(out, T)
-    return out[..., :-1], out[..., -1], (merged[..., :-1], merged[..., -1])
-
-
-def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State) -> Result:
-    """A few tokens (decoding: one) from a state. Arguments as `naive`."""
-    S, z = state
-    nums, dens = [], []
-    for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
-        S = S + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
-        z = z + k_t
-        nums.append((q_t.unsqueeze(-2) @ S).squeeze(-2))
-        dens.append((q_t * z).sum(-1))
-    return torch.stack(nums, dim=1), torch.stack(dens, dim=1), (S, z)
-
-
-def _fla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: State | None) -> Result:
-    """fla's kernel for the numerator; the denominator is q . cumsum(k), in float32."""
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla
-    except ImportError as error:
-        raise ValueError(
-            f"linear_attention: the fla kernels cannot be imported ({error}); use backend 'torch'"
-        ) from error
+    scale: float,
+    state: State | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[Pair, State]:
+    """fla's kernels; without a decay the denominator is q . cumsum(k), in float32."""
+    if g is not None:
+        return _with_ones("kernel")(q, k, v, g, state=state, scale=scale, cu_seqlens=cu_seqlens)
+    assert SIMPLE_GLA.kernel is not None
     S, z = state or (None, None)
-    num, S = chunk_simple_gla(q, k, v, scale=1.0, initial_state=S, output_final_state=True)
+    num, S = SIMPLE_GLA.kernel(q, k, v, None, scale=scale, state=S, cu_seqlens=cu_seqlens)
     keys = k.float().cumsum(dim=1)
     if z is not None:
         keys = keys + z.unsqueeze(1)
-    return num, (q.float() * keys).sum(-1), (S, keys[:, -1])
+    if cu_seqlens is None:
+        return (num, (q.float() * keys).sum(-1) * scale), (S, keys[:, -1])
+    sizes = cu_seqlens.diff()
+    before = torch.cat([torch.zeros_like(keys[0, :1]), keys[0, cu_seqlens[1:-1] - 1]])  # [documents, H, F]
+    ends = keys[0, cu_seqlens[1:] - 1] - before
+    keys = keys - before.repeat_interleave(sizes, dim=0)
+    return (num, (q.float() * keys).sum(-1) * scale), (S, ends)
+
+
+LINEAR = Recurrence("linear_attention", naive, chunk, step, kernel, obstacle)
 
 
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    g: torch.Tensor | None = None,
     *,
     mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
-    key_documents: torch.Tensor | None = None,
     state: State | None = None,
     chunk_size: int = 64,
     backend: str = "auto",
 ) -> Result:
-    """Causal linear attention, unnormalised and without scale: num_t = sum_{i<=t} (q_t . k_i) v_i.
+    """Causal linear attention, unnormalised and without scale: num_t = sum_{i<=t} (q_t . D_ti k_i) v_i.
 
-    q `[B, T, Hq, F]`, k `[B, T, Hkv, F]` are feature-mapped, v `[B, T, Hkv, V]`; mask `[B, T]` bool, real
-    tokens first in each row; documents `[B, T]` int of the queries and key_documents of the keys (default:
-    the same; they may lag behind); state as returned; chunk_size in tokens, a power of two.
-    Returns num `[B, T, Hq, V]`, den `[B, T, Hq]` = sum_{i<=t} q_t . k_i and the state (S `[B, Hq, F, V]`,
+    q `[B, T, Hq, F]`, k `[B, T, Hkv, F]` are feature-mapped, v `[B, T, Hkv, V]`; g is the log-decay <= 0 per head `[B,
+    T, H]` or channel `[B, T, H, F]`, D_ti = diag(exp(g_{i+1} + ... + g_t)), None for no decay; mask `[B, T]` bool, real
+    tokens first in each row; documents `[B, T]` int; state as returned; chunk_size in tokens, a power of two.
+    Returns num `[B, T, Hq, V]`, den `[B, T, Hq]` = sum_{i<=t} q_t . D_ti k_i and the state (S `[B, Hq, F, V]`,
     z `[B, Hq, F]`), all in float32 (float64 for float64 inputs): num grows with T and overflows float16 before it
     is divided by den. With documents the state is that of the row's last document. Padding changes no state; num
     and den at padding carry no meaning.
     Raises ValueError for shapes that do not fit, documents with a state, or a backend that cannot be met.
     """
-    check_inputs("linear_attention", q, k, v, mask=mask, documents=documents, state=state)
-    if key_documents is not None and documents is None:
-        raise ValueError("linear_attention: key_documents needs documents; pass both or neither")
-    chosen = "step"
-    if q.shape[1] > 1 or state is None or backend not in ("auto", "torch"):
-        unsupported = "" if documents is None else "the linear attention kernel knows no documents"
-        chosen = choose("linear_attention", backend, q, unsupported)
-    with torch.autocast(q.device.type, enabled=False):
-        dtype, heads = working_dtype(q, k, v), q.shape[2]
-        if documents is not None:
-            key_documents = fill_padding(documents if key_documents is None else key_documents, mask)
-            documents = fill_padding(documents, mask)
-        k, v = (expand_heads(zero_padding(x, mask), heads) for x in (k, v))
-        if chosen == "fla":
-            shared = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-            num, den, state = _fla(q.to(shared), k.to(shared), v.to(shared), state)
-        else:
-            q, k, v = (x.to(dtype) for x in (q, k, v))
-            if chosen == "step" and state is not None:
-                num, den, state = step(q, k, v, state)
-            elif chosen == "naive":
-                num, den, state = naive(q, k, v, documents=documents, key_documents=key_documents, state=state)
-            else:
-                num, den, state = chunk(
-                    q,
-                    k,
-                    v,
-                    documents=documents,
-                    key_documents=key_documents,
-                    state=state,
-                    chunk_size=chunk_size,
-                )
-        return num.to(dtype), den, state
+    (num, den), state = run(
+        LINEAR,
+        q,
+        k,
+        v,
+        (g,),
+        scale=1.0,
+        mask=mask,
+        documents=documents,
+        state=state,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    return num.to(den.dtype), den, state

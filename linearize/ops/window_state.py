@@ -107,14 +107,13 @@ def leaving(
     mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
     state: State | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The token that leaves the window at each step: position t gets token t - window of its row.
 
     Arguments as `window_attention`; call it with the state from before that call. Returns k `[B, T, Hkv, K]`,
-    v `[B, T, Hkv, V]`, valid `[B, T]` bool and key_documents `[B, T]` (None without documents). valid is
-    False where no token leaves, where it is a sink of its document, where its document is not that of
-    position t (nobody can read it any more) and where position t is padding; k and v carry no meaning there:
-    zero them after the feature map.
+    v `[B, T, Hkv, V]` and valid `[B, T]` bool. valid is False where no token leaves, where it is a sink of its
+    document, where its document is not that of position t (nobody can read it any more) and where position t is
+    padding; k and v carry no meaning there: zero them after the feature map.
     """
     check_state(window, sinks, state)
     if documents is not None and state is not None:
@@ -129,11 +128,9 @@ def leaving(
         return torch.cat([ring[:, :T].to(x.dtype), x[:, : max(T - window, 0)]], dim=1)
 
     valid = shifted(real, state["valid"]) & real
-    key_documents = None
     if documents is None:
         position = state["seen"][:, None] + torch.arange(T, device=k.device) - window
     else:
-        key_documents = shifted(documents, documents[:, :1].expand(-1, window))
         # In the same document it has this position; in an earlier one this is negative, so never valid.
         position = positions(documents)[1] - window
-    return shifted(k, state["k"]), shifted(v, state["v"]), valid & (position >= sinks), key_documents
+    return shifted(k, state["k"]), shifted(v, state["v"]), valid & (position >= sinks)

@@ -2,33 +2,45 @@
 call.
 """
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
-from linearize.ops.gla import gla
-from linearize.ops.linear import linear_attention
-from linearize.ops.simple_gla import simple_gla
+from linearize.ops.gla import GLA, gla
+from linearize.ops.linear import LINEAR, linear_attention
+from linearize.ops.recurrence import Recurrence
+from linearize.ops.simple_gla import SIMPLE_GLA, simple_gla
 
 Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operator: `inputs` makes q, k, v (and g), `run` gives (outputs, state), both as lists of tensors."""
+    """An operator: `inputs` makes q, k, v and gates, `run` gives (outputs, state), both as lists of tensors."""
 
     name: str
-    decay: str
     op: Callable
+    recurrence: Recurrence
+    decay: str = "none"
+    """What the first gate is: no gate at all, a log-decay per head, or per channel."""
+    prepare: Callable[[Tensors], Tensors] = list
+    """Puts random q, k and v into the range that the recurrence is meant for."""
+    gates: Callable[[int, int, int, int], Tensors] = lambda B, T, H, K: []
+    """(B, T, H, K) -> the gates after the decay."""
+    options: dict = field(default_factory=dict)
+    """Passed to the operator always."""
+    tolerance: float = 1e-5
+    """Largest relative error of float32 against float64; gradients get ten times as much."""
 
     def inputs(self, B: int, T: int, H: int = 2, K: int = 8, V: int = 6, *, groups: int = 1, seed: int = 0) -> Tensors:
         torch.manual_seed(seed)
-        q, k, v = torch.randn(B, T, H * groups, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
-        if self.decay == "none":
-            return [q.softmax(-1), k.softmax(-1), v]
-        return [q, k, v, self.log_decay(B, T, H, K, -0.2)]
+        qkv = self.prepare([torch.randn(B, T, H * groups, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)])
+        decay = [] if self.decay == "none" else [self.log_decay(B, T, H, K, -0.2)]
+        return [*qkv, *decay, *self.gates(B, T, H, K)]
 
     def log_decay(self, B: int, T: int, H: int, K: int, strongest: float) -> torch.Tensor:
         """Mostly weak decays, one in ten as strong as `strongest`."""
@@ -36,18 +48,44 @@ class Case:
         weak = -0.1 * torch.rand(shape)
         return torch.where(torch.rand(shape) < 0.1, strongest, weak)
 
+    def with_decay(self, inputs: Tensors) -> list[torch.Tensor | None]:
+        """The inputs as the forms take them: None for the decay of an operator that has none."""
+        return [*inputs[:3], None, *inputs[3:]] if self.decay == "none" else list(inputs)
+
     def run(self, inputs: Tensors, **options) -> tuple[Tensors, Tensors]:
         if options.get("state") is not None:
             options["state"] = options["state"][0] if len(options["state"]) == 1 else tuple(options["state"])
-        *outputs, state = self.op(*inputs, **options)
+        *outputs, state = self.op(*inputs, **self.options, **options)
         return outputs, list(state) if isinstance(state, tuple) else [state]
 
 
+def _softmaxed(qkv: Tensors) -> Tensors:
+    return [qkv[0].softmax(-1), qkv[1].softmax(-1), qkv[2]]
+
+
 CASES = [
-    Case("linear", "none", linear_attention),
-    Case("simple_gla", "head", simple_gla),
-    Case("gla", "channel", gla),
+    Case("linear", linear_attention, LINEAR, prepare=_softmaxed),
+    Case("linear_scalar", linear_attention, LINEAR, "head", _softmaxed),
+    Case("linear_vector", linear_attention, LINEAR, "channel", _softmaxed),
+    Case("simple_gla", simple_gla, SIMPLE_GLA, "head"),
+    Case("gla", gla, GLA, "channel"),
 ]
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def fla_reference(op: str, name: str):
+    """A reference function of the installed fla, loaded by path: importing the fla package needs triton."""
+    spec = importlib.util.find_spec("fla")
+    assert spec is not None and spec.submodule_search_locations
+    path = Path(spec.submodule_search_locations[0]) / "ops" / op / "naive.py"
+    reference = importlib.util.spec_from_file_location(f"fla_{op}_naive", path)
+    assert reference is not None and reference.loader is not None
+    module = importlib.util.module_from_spec(reference)
+    reference.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:

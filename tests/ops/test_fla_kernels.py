@@ -6,13 +6,14 @@ import pytest
 import torch
 from op_cases import CASES, Case, as_leaves, assert_close, document_rows, gradients
 
-from linearize.ops.backend import gate_obstacle
-
 pytestmark = pytest.mark.gpu
 
 # The kernels multiply float32 through TF32 (10 bits of mantissa) and bfloat16 with 8, and add up over the
 # row.
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
+
+WITH_KERNEL = [case for case in CASES if case.recurrence.kernel is not None]
+GATED = [case for case in WITH_KERNEL if case.decay != "none"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +39,7 @@ def cuda_inputs(case: Case, T: int, K: int, dtype: torch.dtype) -> list[torch.Te
 def compare(case: Case, inputs: list[torch.Tensor], tolerance: float, **options) -> None:
     """fla against torch: values, dtypes and gradients; where fla has no gradients, that it is refused."""
     expected, expected_after = case.run(inputs, backend="torch", **options)
-    obstacle = gate_obstacle(*inputs) if case.name == "simple_gla" else ""
+    obstacle = "" if case.recurrence.obstacle is None else case.recurrence.obstacle(*case.with_decay(inputs))
     if obstacle:
         with pytest.raises(ValueError, match=re.escape(obstacle)):
             case.run(inputs, backend="fla", **options)
@@ -53,7 +54,7 @@ def compare(case: Case, inputs: list[torch.Tensor], tolerance: float, **options)
         assert_close(gradients(outputs, inputs), gradients(expected, inputs), tolerance)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", WITH_KERNEL, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("K", [64, 128])
 @pytest.mark.parametrize("T", [1000, 4096])
@@ -63,21 +64,21 @@ def test_fla_kernel_equals_torch_chunk(case: Case, T: int, K: int, dtype: torch.
     compare(case, inputs, TOLERANCE[dtype], state=state)
 
 
-@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", WITH_KERNEL, ids=lambda case: case.name)
 def test_fla_kernel_honours_documents(case: Case):
     documents = document_rows([[200, 1, 99, 700], [64, 936]]).cuda()
     inputs = cuda_inputs(case, 1000, 64, torch.float32)
     compare(case, inputs, TOLERANCE[torch.float32], documents=documents)
 
 
-@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", GATED, ids=lambda case: case.name)
 def test_fla_kernel_is_safe_under_strong_decay(case: Case):
     inputs = cuda_inputs(case, 1000, 64, torch.float32)
     inputs[3] = case.log_decay(2, 1000, 2, 64, -20.0).cuda().requires_grad_()
     compare(case, inputs, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", WITH_KERNEL, ids=lambda case: case.name)
 def test_torch_chunk_on_cuda_equals_float64_loop(case: Case):
     inputs = as_leaves([x.cuda() for x in case.inputs(2, 300)], torch.float32)
     exact = as_leaves(inputs, torch.float64)

@@ -240,8 +240,8 @@ def test_leaving_names_the_tokens_that_fall_out(window: int, sinks: int):
         state, start = None, 0
         for n in lengths:
             piece = [x[:, start : start + n] for x in (q, k, v)]
-            k_out, v_out, valid, key_documents = leaving(*piece[1:], window=window, sinks=sinks, state=state)
-            assert k_out.shape == piece[1].shape and v_out.shape == piece[2].shape and key_documents is None
+            k_out, v_out, valid = leaving(*piece[1:], window=window, sinks=sinks, state=state)
+            assert k_out.shape == piece[1].shape and v_out.shape == piece[2].shape
             for t, source in enumerate(_leaving_by_hand(n, window, sinks, start)):
                 assert valid[:, t].tolist() == [source >= 0] * 2
                 if source >= 0:
@@ -253,11 +253,10 @@ def test_leaving_names_the_tokens_that_fall_out(window: int, sinks: int):
 def test_leaving_respects_padding_and_documents():
     k = torch.arange(12.0).reshape(1, 12, 1, 1)
     documents = document_rows([[7, 5]])
-    k_out, _, valid, key_documents = leaving(k, k, window=3, sinks=1, documents=documents, mask=right_padding([11], 12))
+    k_out, _, valid = leaving(k, k, window=3, sinks=1, documents=documents, mask=right_padding([11], 12))
     left = {t: int(k_out[0, t]) for t in range(12) if valid[0, t]}
     assert left == {4: 1, 5: 2, 6: 3}
-    assert key_documents is not None and key_documents[0].tolist() == [0] * 10 + [1] * 2
-    _, _, valid, _ = leaving(k, k, window=2, sinks=1, documents=documents, mask=right_padding([11], 12))
+    _, _, valid = leaving(k, k, window=2, sinks=1, documents=documents, mask=right_padding([11], 12))
     assert valid[0].nonzero().flatten().tolist() == [3, 4, 5, 6, 10]
 
 
@@ -267,7 +266,7 @@ def test_window_and_leaving_together_cover_every_token_once():
     v = torch.eye(T)[None, :, None, :]
     documents = document_rows([[25, 15]])
     out, *_ = window_attention(q, k, v, window=window, scale=SCALE, sinks=sinks, documents=documents)
-    _, v_out, valid, _ = leaving(k, v, window=window, sinks=sinks, documents=documents)
+    _, v_out, valid = leaving(k, v, window=window, sinks=sinks, documents=documents)
     local = (out[0, :, 0] > 0).long()
     gone = (v_out * valid[..., None, None])[0, :, 0].cumsum(0).long()
     gone = gone * (documents[0][:, None] == documents[0][None, :])
@@ -280,7 +279,7 @@ def test_step_compiles_without_graph_breaks():
     inputs, mask = qkv(2, 1, seed=3), torch.tensor([[True], [False]])
 
     def step(inputs, state, mask):
-        k_out, _, valid, _ = leaving(*inputs[1:], window=4, sinks=2, state=state, mask=mask)
+        k_out, _, valid = leaving(*inputs[1:], window=4, sinks=2, state=state, mask=mask)
         results, after = attend(inputs, 4, 2, state=state, mask=mask)
         return results, after, k_out, valid
 
