@@ -12,6 +12,7 @@ from op_cases import (
     Case,
     as_leaves,
     assert_close,
+    case_of,
     document_rows,
     fla_reference,
     gradients,
