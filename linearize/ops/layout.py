@@ -46,12 +46,13 @@ def check_inputs(
     """Raises ValueError where the arguments that all operators share do not fit together."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"{op}: q, k, v must be [B, T, H, D], got {[tuple(x.shape) for x in (q, k, v)]}")
-    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+    if q.shape[:2] != k.shape[:2] or k.shape[:2] != v.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"{op}: shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if q.shape[1] == 0:
         raise ValueError(f"{op}: needs at least one token, got T = 0")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{op}: {q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+    for x in (k, v):
+        if q.shape[2] % x.shape[2]:
+            raise ValueError(f"{op}: {q.shape[2]} query heads are not a multiple of {x.shape[2]} kv heads")
     for name, value in (("mask", mask), ("documents", documents)):
         if value is not None and value.shape != q.shape[:2]:
             raise ValueError(f"{op}: {name} must be [B, T] = {tuple(q.shape[:2])}, got {tuple(value.shape)}")
@@ -84,6 +85,22 @@ def from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
     return x.flatten(2, 3)[:, :, :length].transpose(1, 2).contiguous()
 
 
+def carry(
+    updates: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S <- decay * S + update: the states before each chunk `[B, H, N, K, V]` and the one after the last.
+
+    updates `[B, H, N, K, V]`, decay `[B, H, N, K or 1, 1]` over a whole chunk (None: no decay), state `[B, H, K, V]`.
+    """
+    decays = None if decay is None else decay.unbind(2)
+    current = torch.zeros_like(updates[:, :, 0]) if state is None else state
+    before = []
+    for n, update in enumerate(updates.unbind(2)):
+        before.append(current)
+        current = (current if decays is None else current * decays[n]) + update
+    return torch.stack(before, dim=2), current
+
+
 def read_out(
     scores: torch.Tensor,
     q: torch.Tensor,
@@ -99,11 +116,5 @@ def read_out(
     over a whole chunk (None: no decay), state `[B, H, K, V]`.
     Returns y `[B, H, N, c, V]` and the state after the last chunk.
     """
-    updates = (k.transpose(-1, -2) @ v).unbind(2)
-    decays = None if decay is None else decay.unbind(2)
-    current = torch.zeros_like(updates[0]) if state is None else state
-    before = []
-    for n, update in enumerate(updates):
-        before.append(current)
-        current = (current if decays is None else current * decays[n]) + update
-    return scores @ v + q @ torch.stack(before, dim=2), current
+    before, state = carry(k.transpose(-1, -2) @ v, decay, state)
+    return scores @ v + q @ before, state

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from linearize.ops.gla import GLA
+from linearize.ops.layout import fit_chunk
 from linearize.ops.recurrence import Gate, Recurrence, run
 from linearize.ops.simple_gla import SIMPLE_GLA, obstacle
 
@@ -52,22 +53,24 @@ def kernel(
     state: State | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[Pair, State]:
-    """fla's kernels; without a decay the denominator is q . cumsum(k), in float32."""
+    """fla's kernels for the numerator; without a decay the denominator comes from chunks in float32, with no [T, F]
+    sum.
+    """
     if g is not None:
         return _with_ones("kernel")(q, k, v, g, state=state, scale=scale, cu_seqlens=cu_seqlens)
     assert SIMPLE_GLA.kernel is not None
-    S, z = state or (None, None)
+    S, z = (None, None) if state is None else (state[0], state[1].unsqueeze(-1))
     num, S = SIMPLE_GLA.kernel(q, k, v, None, scale=scale, state=S, cu_seqlens=cu_seqlens)
-    keys = k.float().cumsum(dim=1)
-    if z is not None:
-        keys = keys + z.unsqueeze(1)
-    if cu_seqlens is None:
-        return (num, (q.float() * keys).sum(-1) * scale), (S, keys[:, -1])
-    sizes = cu_seqlens.diff()
-    before = torch.cat([torch.zeros_like(keys[0, :1]), keys[0, cu_seqlens[1:-1] - 1]])  # [documents, H, F]
-    ends = keys[0, cu_seqlens[1:] - 1] - before
-    keys = keys - before.repeat_interleave(sizes, dim=0)
-    return (num, (q.float() * keys).sum(-1) * scale), (S, ends)
+    q, k = q.float(), k.float()
+    ones, resets = k.new_ones(*k.shape[:3], 1), None
+    if cu_seqlens is not None:
+        resets = k.new_zeros(1, k.shape[1], 1)
+        resets[:, cu_seqlens[1:-1]] = float("-inf")
+    den, z = SIMPLE_GLA.chunk(q, k, ones, resets, state=z, chunk_size=fit_chunk("linear_attention", 64, k.shape[1]))
+    if cu_seqlens is not None:
+        document = torch.repeat_interleave(cu_seqlens.diff())
+        z = k.new_zeros(len(cu_seqlens) - 1, *k.shape[2:]).index_add(0, document, k[0]).unsqueeze(-1)
+    return (num, den.squeeze(-1) * scale), (S, z.squeeze(-1))
 
 
 LINEAR = Recurrence("linear_attention", naive, chunk, step, kernel, obstacle)
@@ -96,6 +99,10 @@ def linear_attention(
     and den at padding carry no meaning.
     Raises ValueError for shapes that do not fit, documents with a state, or a backend that cannot be met.
     """
+    if g is not None and (g.dim() not in (3, 4) or (g.dim() == 4 and g.shape[3] != q.shape[3])):
+        raise ValueError(
+            f"linear_attention: g must be [B, T, H] or [B, T, H, F], got {tuple(g.shape)} beside q {tuple(q.shape)}"
+        )
     (num, den), state = run(
         LINEAR,
         q,

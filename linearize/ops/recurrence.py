@@ -46,6 +46,8 @@ class Recurrence:
     in their rows; otherwise each becomes a row of its own."""
     speed_chunks: bool = True
     """Whether `chunk_size` must be a power of two that changes nothing but speed."""
+    steps: bool = False
+    """Whether k and v are `[B, T, H, n, ...]`: n steps of the recurrence for each token."""
 
 
 def run(
@@ -71,7 +73,8 @@ def run(
     Raises:
         ValueError: for shapes that do not fit, documents with a state, or a backend that cannot be met.
     """
-    check_inputs(op.name, q, k, v, mask=mask, documents=documents, state=state)
+    k_step, v_step = (x.select(3, 0) if op.steps else x for x in (k, v))
+    check_inputs(op.name, q, k_step, v_step, mask=mask, documents=documents, state=state)
     for gate in gates:
         if gate is not None and gate.shape[:2] != q.shape[:2]:
             raise ValueError(
@@ -98,17 +101,21 @@ def run(
         inputs = [q.to(dtype) * scale, k.to(dtype), v.to(dtype), *ready]
         if chosen == "step":
             return op.step(*inputs, state=state)
-        form, options = op.naive, {}
-        if chosen == "torch":
-            size = fit_chunk(op.name, chunk_size, q.shape[1]) if op.speed_chunks else chunk_size
-            form, options = op.chunk, {"chunk_size": size}
+
+        def form(rows: list[Gate]) -> tuple[Any, Any]:
+            if chosen == "naive":
+                return op.naive(*rows, state=state)
+            assert rows[0] is not None
+            size = fit_chunk(op.name, chunk_size, rows[0].shape[1]) if op.speed_chunks else chunk_size
+            return op.chunk(*rows, state=state, chunk_size=size)
+
         if documents is None:
-            return form(*inputs, state=state, **options)
+            return form(inputs)
         if op.resets:
             inputs[3] = _reset(inputs[3], documents, dtype)
-            return form(*inputs, state=None, **options)
+            return form(inputs)
         rows, layout = unpack(inputs, documents, op.neutral)
-        return repack([form(*row, state=None, **options) for row in rows], layout)
+        return repack([form(row) for row in rows], layout)
 
 
 def _reset(g: Gate, documents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

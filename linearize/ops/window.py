@@ -198,6 +198,8 @@ def window_attention(
     """
     check_inputs("window_attention", q, k, v, mask=mask, documents=documents, state=state)
     check_state(window, sinks, state)
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"window_attention: k has {k.shape[2]} heads and v {v.shape[2]}; they must have the same")
     B, T, heads, kv_heads = *q.shape[:3], k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
         k, v = zero_padding(k, mask), zero_padding(v, mask)

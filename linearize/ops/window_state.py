@@ -55,7 +55,7 @@ def check_state(window: int, sinks: int, state: State | None) -> None:
         )
 
 
-def _last_tokens(x: torch.Tensor, ring: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def last_tokens(x: torch.Tensor, ring: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The last `window` real tokens of ring `[B, window, ...]` followed by x `[B, T, ...]`, newest last."""
     window, T = ring.shape[1], x.shape[1]
     if mask is None:
@@ -85,9 +85,9 @@ def advance(
         valid = real & (documents == fill_padding(documents, mask)[:, -1:])
     arrived = valid.sum(1)
     after = {
-        "k": _last_tokens(k.to(state["k"].dtype), state["k"], mask),
-        "v": _last_tokens(v.to(state["v"].dtype), state["v"], mask),
-        "valid": _last_tokens(valid, state["valid"], mask),
+        "k": last_tokens(k.to(state["k"].dtype), state["k"], mask),
+        "v": last_tokens(v.to(state["v"].dtype), state["v"], mask),
+        "valid": last_tokens(valid, state["valid"], mask),
         "seen": state["seen"] + arrived,
     }
     if "sink_k" in state:
