@@ -20,7 +20,10 @@ from pydantic_core import PydanticUndefined
 
 from linearize.data import DataConfig
 from linearize.evals.config import EvalConfig
+from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import Mixer
+from linearize.mixers.composed import ComposedConfig
+from linearize.mixers.parts.base import Part
 from linearize.recipe import ALIASES, ExportConfig, ModelConfig, Recipe, available
 from linearize.registry import find, keys
 from linearize.schema import parse_count
@@ -37,29 +40,59 @@ HEAD = """\
 A recipe is a YAML file that says everything a conversion does. `linearize convert --model NAME --recipe NAME`
 takes a shipped one, `--recipe mine.yaml` your own, and `key=value` arguments change single settings:
 `mixer.window=128`, `stages.0.tokens=2M`, `layers=LLLS`. Values are YAML. A key that does not exist is an
-error that names the closest one. The resolved recipe, with every default filled in, is written into the
-checkpoint as `recipe.yaml`; it reproduces the run.
+error that names the closest one. `extends: demo/lolcats` starts from another recipe and changes what follows.
+The resolved recipe, with every default filled in, is written into the checkpoint as `recipe.yaml`; it
+reproduces the run.
 
 A *count* is a whole number that may have a unit: `20M`, `500k`, `1.5B`.
 """
+
+
+PARTS = """\
+A part is written as its name, `decay: scalar`, or with settings, `decay: {type: low_rank, rank: 32}`; settings without
+a `type` change the mixer's own default. `module:Class` names one of your own.
+"""
+PART_KINDS = {"feature_maps": "feature_map", "decays": "decay", "updates": "update", "combines": "combine"}
+
+
+def find_kind(package: str) -> str:
+    """Heading of a kind of parts: the key that recipes write it under."""
+    return f"`{PART_KINDS[package]}`"
 
 
 def render() -> str:
     """The whole page."""
     parts = [HEAD, "## Shipped recipes\n", _shipped()]
     parts += ["## Top level\n", _table(_model_rows(Recipe))]
-    sections = {"model": ModelConfig, "data": DataConfig, "evaluation": EvalConfig, "export": ExportConfig}
+    sections = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "evaluation": EvalConfig,
+        "init": InitConfig,
+        "export": ExportConfig,
+    }
     for name, section in sections.items():
         parts += [f"## `{name}`\n", f"{_summary(section)}\n", _table(_model_rows(section))]
     parts += [
         "## `mixer`\n",
         "`type` names the mixer, `module:Class` one of your own: see [adding a mixer](adding_a_mixer.md).\n",
     ]
-    for key in keys("mixers"):
+    for key in sorted(keys("mixers"), key=lambda key: (key != "composed", key)):
         mixer = find("mixers", key, Mixer)  # type: ignore[type-abstract]
         module = inspect.getmodule(mixer)
         parts += [f"### `{key}`\n", f"{inspect.getdoc(module)}\n"]
-        parts += [_table(_dataclass_rows(mixer.Config))]
+        is_preset = issubclass(mixer.Config, ComposedConfig) and mixer.Config is not ComposedConfig
+        if is_preset:
+            parts += ["The settings of `composed`, with these defaults:\n", _preset(mixer.Config)]
+        else:
+            parts += [_table(_dataclass_rows(mixer.Config))]
+    parts += ["## Parts of a mixer\n", PARTS]
+    for package in PART_KINDS:
+        parts += [f"### {find_kind(package)}\n"]
+        for key in keys(f"mixers.parts.{package}"):
+            part = find(f"mixers.parts.{package}", key, Part)
+            rows = [row for row in _dataclass_rows(part.Config) if row[0] != "type"]
+            parts += [f"#### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(part))}\n", _table(rows) if rows else ""]
     parts += [
         "## `stages`\n",
         "A list, run in order. `type` names the stage. All stages have these settings:\n",
@@ -112,9 +145,12 @@ def _dataclass_rows(config: type, prefix: str = "") -> list[Row]:
     told, hints = _attribute_docs(config), get_type_hints(config)
     rows: list[Row] = []
     for field in dataclasses.fields(config):
-        nested = field.default_factory
-        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
-            rows += _dataclass_rows(nested, f"{prefix}{field.name}.")
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if "part" in field.metadata:
+            rows.append((prefix + field.name, "part", f"`{default.type}`", _escape(told.get(field.name, ""))))
+            continue
+        if dataclasses.is_dataclass(default):
+            rows += _dataclass_rows(type(default), f"{prefix}{field.name}.")
             continue
         rows.append(
             (
@@ -125,6 +161,28 @@ def _dataclass_rows(config: type, prefix: str = "") -> list[Row]:
             )
         )
     return rows
+
+
+def _preset(config: type) -> str:
+    """The defaults in which a preset differs from the composed mixer, as a recipe would write them."""
+    mine, base = dataclasses.asdict(config()), dataclasses.asdict(ComposedConfig())
+    changed = {key: _shortest(value) for key, value in mine.items() if value != base[key]}
+    lines = [f"{key}: {_value(value).strip('`')}" for key, value in changed.items()]
+    return "```yaml\n" + "\n".join(lines) + "\n```\n"
+
+
+def _shortest(value: Any) -> Any:
+    """A part's settings without those that are its own defaults; a nested config's without those of its class."""
+    if not isinstance(value, dict):
+        return value
+    for package in PART_KINDS:
+        if value.get("type") in keys(f"mixers.parts.{package}"):
+            part = find(f"mixers.parts.{package}", value["type"], Part)
+            if set(value) == {field.name for field in dataclasses.fields(part.Config)}:
+                default = dataclasses.asdict(part.Config())
+                rest = {k: v for k, v in value.items() if v != default[k]}
+                return {"type": value["type"], **rest} if rest else value["type"]
+    return {k: v for k, v in value.items() if v not in (None, False, 0, "none")}
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:

@@ -28,6 +28,7 @@ from linearize.hf.auto import linearized
 from linearize.hf.card import model_card
 from linearize.hf.export import export, export_adapter
 from linearize.hf.load import load, load_config
+from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import find
@@ -81,6 +82,9 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     with teacher_path(model):
         points.take("teacher", model)
     points.take("untrained", model)
+    if recipe.init.type == "calibrated":
+        calibrated(model, plan, recipe, tokenizer)
+        points.take("calibrated", model)
     for index, (stage, rows, label) in enumerate(zip(stages, data, _labels(stages), strict=True)):
         seconds = stage.run(model, rows, out / "run" / f"{index}-{stage.config.type}", resume=resume)
         points.add_training(stage.config.trained_tokens(rows.seq_len), seconds)
@@ -134,6 +138,14 @@ def swap(model: Any, plan: Plan, seed: int) -> None:
     linearized(model, plan.family, plan.description())
     for name, attn in swapped(model).items():
         attn.mixer.initialise(f"{name}.mixer", seed)
+
+
+def calibrated(model: Any, plan: Plan, recipe: Recipe, tokenizer: Any) -> None:
+    """Set gates and output sizes from the teacher, on the first rows of the training data."""
+    rows = prepare(recipe.data, tokenizer)
+    count = min(max(1, recipe.init.tokens // rows.seq_len), len(rows))
+    batches = [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
+    calibrate(model, find("families", plan.family, Family), batches)
 
 
 def default_device(wanted: str) -> str:

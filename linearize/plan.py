@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from linearize.errors import UserError
 from linearize.families.base import Family
-from linearize.mixers.base import Context, HeadShape, Mixer, config_from_dict
-from linearize.recipe import Recipe
+from linearize.mixers.base import Context, HeadShape, Mixer
+from linearize.recipe import Recipe, mixer_config
 from linearize.registry import find
 
 
@@ -74,10 +74,9 @@ class Plan:
 
     def __str__(self) -> str:
         swapped = [layer for layer in self.layers if layer.mixer is not None]
-        settings = ", ".join(f"{k}={v}" for k, v in self.mixer.items() if k != "type")
         lines = [
             f"source      {self.source} ({self.family}, {self.source_parameters / 1e6:,.1f}M parameters, {self.dtype})",
-            f"mixer       {self.mixer['type']} ({settings})",
+            f"mixer       {_written(self.mixer)}",
             f"layers      {len(swapped)} of {len(self.layers)} swapped: "
             + "".join("S" if layer.mixer is None else "L" for layer in self.layers),
             f"new         {self.new_parameters / 1e6:,.3f}M parameters; every tensor of the source keeps its name",
@@ -97,6 +96,14 @@ class Plan:
         return "\n".join(lines)
 
 
+def _written(settings: dict[str, Any]) -> str:
+    """A mixer's settings, or a part's, as `name(key=value, ...)`; what is switched off (0, none, null) is left out."""
+    off = (0, None, False, "none")
+    shown = {k: _written(v) if isinstance(v, dict) else v for k, v in settings.items() if k != "type"}
+    inner = ", ".join(f"{k}={v}" for k, v in shown.items() if v not in off and v != "")
+    return f"{settings.get('type', '')}({inner})" if inner else settings.get("type", "")
+
+
 def make_plan(recipe: Recipe, config: Any) -> Plan:
     """Work out the conversion of a model with configuration `config`.
 
@@ -113,7 +120,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
     chosen = choose_layers(recipe.layers, depth)
     _check_stages(recipe)
     mixer_class = find("mixers", recipe.mixer["type"], Mixer)
-    settings = config_from_dict(mixer_class.Config, {k: v for k, v in recipe.mixer.items() if k != "type"})
+    settings = mixer_config(recipe.mixer)
     dtype = _dtype(recipe.model.dtype, config)
     layers = []
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,9 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from linearize.data import DataConfig
 from linearize.errors import UserError, did_you_mean
 from linearize.evals.config import EvalConfig
-from linearize.mixers.base import Mixer
+from linearize.inits.calibrated import InitConfig
+from linearize.mixers.base import Mixer, config_from_dict
+from linearize.mixers.parts.base import Part
 from linearize.registry import find
 from linearize.schema import Strict, user_error
 from linearize.stages.base import Stage
@@ -85,19 +87,18 @@ class Recipe(Strict):
         None, description="What is measured on teacher and student; null for nothing."
     )
     export: ExportConfig = Field(default_factory=ExportConfig, description="How the result is written.")
+    init: InitConfig = Field(default_factory=InitConfig, description="How new tensors get their first values.")
     seed: int = Field(0, description="Seed of newly initialised tensors.")
+
+    @field_validator("mixer", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
 
     @field_validator("mixer")
     @classmethod
     def _resolve_mixer(cls, value: dict[str, Any]) -> dict[str, Any]:
-        key = _type_of(value, "mixer")
-        config_class = find("mixers", key, Mixer).Config
-        adapter: TypeAdapter = TypeAdapter(config_class)
-        try:
-            config = adapter.validate_python({k: v for k, v in value.items() if k != "type"})
-        except ValidationError as error:
-            raise user_error(error, "mixer", [field.name for field in dataclasses.fields(config_class)]) from None
-        return {"type": key, **adapter.dump_python(config)}
+        return {"type": _type_of(value, "mixer"), **dataclasses.asdict(mixer_config(value))}
 
     @field_validator("stages")
     @classmethod
@@ -125,7 +126,7 @@ class Recipe(Strict):
             UserError: unknown recipe, key, mixer, stage or alias, or a value that does not fit.
         """
         path = _find_recipe(name, model)
-        data = _read_yaml(path)
+        data = _read(path)
         if model is not None:
             section = data.setdefault("model", {})
             if not isinstance(section, dict):
@@ -156,6 +157,32 @@ class Recipe(Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def mixer_config(settings: Mapping[str, Any]) -> Any:
+    """The config of the mixer that `settings`, the recipe's `mixer` section, describe, validated strictly.
+
+    Raises:
+        UserError: for an unknown mixer, part or key, or a value that does not fit.
+    """
+
+    def find_class(package: str, key: str) -> type:
+        return find(package, key, Mixer if package == "mixers" else Part)
+
+    def construct(cls: type, values: dict[str, Any], where: str) -> Any:
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise user_error(error, where, [field.name for field in dataclasses.fields(cls)]) from None
+
+    values = {k: v for k, v in settings.items() if k != "type"}
+    cls: Any = find_class("mixers", settings["type"])
+    try:
+        return config_from_dict(cls.Config, values, find_class, where="mixer", construct=construct)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def resolve_model(name: str) -> str:
     """Alias -> hub name; `demo` -> the folder inside the package; anything else stays.
 
@@ -179,7 +206,7 @@ def resolve_model(name: str) -> str:
 def available() -> dict[str, Path]:
     """Recipes that ship with the package: `<model>/<method>` -> file."""
     root = Path(str(importlib.resources.files("linearize._recipes")))
-    return {f"{p.parent.name}/{p.stem}": p for p in sorted(root.glob("*/*.yaml"))}
+    return {f"{p.parent.name}/{p.stem}": p for p in sorted(root.glob("*/*.yaml")) if not p.stem.startswith("_")}
 
 
 def _find_recipe(name: str | Path | None, model: str | None) -> Path:
@@ -195,6 +222,36 @@ def _find_recipe(name: str | Path | None, model: str | None) -> Path:
         if candidate in known:
             return known[candidate]
     raise UserError(f"unknown recipe {method!r}{did_you_mean(method, [*known, *{k.split('/')[1] for k in known}])}")
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe with what it `extends` filled in: sections are merged key by key, lists and mixers of another type
+    replaced.
+    """
+    data = _read_yaml(path)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends must name one recipe, got {parent!r}")
+    root = Path(str(importlib.resources.files("linearize._recipes")))
+    candidates = [path.parent / parent, root / f"{parent}.yaml"]
+    found = next((c for c in candidates if c.is_file()), None)
+    if found is None:
+        raise UserError(f"{path} extends {parent!r}, which is no recipe{did_you_mean(parent, available())}")
+    if found in (path, *below):
+        raise UserError(f"{path} extends {parent!r}, which extends it in turn")
+    return _merged(_read(found, (path, *below)), data)
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if isinstance(base, str) and isinstance(changes, dict):
+        base = {"type": base}  # `mixer: gdn` is short for `mixer: {type: gdn}`
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    if changes.get("type", base.get("type")) != base.get("type"):
+        return changes
+    return {**base, **{k: _merged(base.get(k), v) for k, v in changes.items()}}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -237,6 +294,8 @@ def _step(node: Any, part: str, path: str, create: bool) -> Any:
         raise UserError(f"override {path!r}: {part!r} has no parent to go under")
     if node.get(part) is None and create:
         node[part] = {}
+    if isinstance(node[part], str) and create:
+        node[part] = {"type": node[part]}
     return node[part]
 
 
@@ -258,6 +317,7 @@ def _readable(error: ValidationError) -> UserError:
         "data": DataConfig,
         "evaluation": EvalConfig,
         "export": ExportConfig,
+        "init": InitConfig,
     }
     place = error.errors()[0]["loc"]
     section = sections.get(str(place[0]) if len(place) > 1 else "", Recipe)

@@ -1,4 +1,5 @@
-"""Finds mixers, families and stages by name: the name of a file in their package is the key that users type.
+"""Finds mixers, their parts, families and stages by name: the name of a file in their package is the key that users
+type.
 
 There is no list to edit. `module:Class` reaches a class outside the package; that is the only way a recipe can make
 this toolkit import code, and it has to be written out. A checkpoint cannot: see `find`'s `trusted`.
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 SINGULAR = {"families": "family"}
 """What one item of a package is called in messages, where that is not its name less the s."""
+PARTS = "mixers.parts."
+"""What the packages of parts begin with."""
 
 
 def keys(package: str) -> list[str]:
@@ -31,7 +34,7 @@ def find(package: str, key: str, base: type[T], *, trusted: bool = True) -> type
     """The subclass of `base` that `key` names: a file of `linearize.<package>`, or `module:Class`.
 
     Args:
-        package: "mixers", "families" or "stages".
+        package: "mixers", "families", "stages", or a kind of parts such as "mixers.parts.decays".
         key: the name.
         base: what the class must derive from.
         trusted: whether the user wrote or vouched for `key`. False for names read from a checkpoint: they import no
@@ -57,7 +60,7 @@ def find(package: str, key: str, base: type[T], *, trusted: bool = True) -> type
 
 
 def _one(package: str) -> str:
-    return SINGULAR.get(package, package.removesuffix("s"))
+    return SINGULAR.get(package, package.removeprefix(PARTS).removesuffix("s").replace("_", " "))
 
 
 def _only_class(module: ModuleType, base: type[T]) -> type[T]:

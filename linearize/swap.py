@@ -7,7 +7,7 @@ source checkpoint therefore keeps its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from linearize.families.base import Family
 from linearize.hf.cache import state_layer
-from linearize.mixers.base import Context, Mixer, State
+from linearize.mixers.base import Context, Find, Mixer, State, config_from_dict
 
 
 @dataclass(frozen=True)
@@ -209,18 +209,15 @@ def teacher_path(model: nn.Module) -> Iterator[None]:
             layer.teacher = value
 
 
-def mixer_specs(
-    description: Mapping[str, Any], find: Callable[[str], type[Mixer]], build: Callable[[type, dict], Any]
-) -> list[tuple[type[Mixer], Any] | None]:
+def mixer_specs(description: Mapping[str, Any], find: Find) -> list[tuple[type[Mixer], Any] | None]:
     """Read what a checkpoint's config says about its layers.
 
     Args:
         description: `{"mixers": [{"type": key, ...settings}], "layers": [index into mixers, or None]}`.
-        find: mixer key -> class.
-        build: (config class, settings) -> config.
+        find: (package, key) -> class of a mixer or of one of its parts.
     """
     built = []
     for mixer in description["mixers"]:
-        cls = find(mixer["type"])
-        built.append((cls, build(cls.Config, {k: v for k, v in mixer.items() if k != "type"})))
+        cls = find("mixers", mixer["type"])
+        built.append((cls, config_from_dict(cls.Config, {k: v for k, v in mixer.items() if k != "type"}, find)))
     return [None if index is None else built[index] for index in description["layers"]]

@@ -130,7 +130,7 @@ def test_what_the_plan_prints() -> None:
     lines = str(plan_8b("layers=LLLS")).splitlines()
     text = "\n".join(lines)
     assert lines[0].startswith("source      meta-llama/Meta-Llama-3-8B (llama, 8,030.3M parameters, bfloat16)")
-    assert "lolcats (window=64" in lines[1]
+    assert lines[1].startswith("mixer       lolcats(feature_map=hedgehog(dim=64), update=additive, window=64")
     assert lines[2] == "layers      24 of 32 swapped: " + "LLLS" * 8
     assert "new         12.584M parameters" in text
     assert "model.layers.0.self_attn.mixer.map_q.weight [32, 128, 64], identity per head" in text

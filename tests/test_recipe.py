@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def mistake(path: Path, *overrides: str) -> str:
             "unknown stage 'atention_transfer'; did you mean 'attention_transfer'?",
         ),
         ("stages=[{tokens: 1}]", "stages.0.type is missing"),
-        ("mixer.window=0", "lolcats: window must be at least 1 token, got 0"),
+        ("mixer.window=0", "combine 'shared_denominator' needs a window; set window to at least 1 token"),
         ("mixer.window=wide", "mixer.window: "),
         ("stages.0.tokens=lots", "stages.0.tokens: 'lots' is not a count; write a number such as 20M"),
         ("stages.0.lr=-1", "stages.0.lr: Input should be greater than 0 (got -1)"),
@@ -138,7 +139,7 @@ def test_recipes_are_found_by_name_model_and_path(recipe_file: Path) -> None:
 def test_unknown_recipes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown recipe 'lolcat'; did you mean 'lolcats'"):
         Recipe.load("lolcat", "demo")
-    with pytest.raises(UserError, match=r"no recipe file '.*none.yaml'; known recipes: default/hedgehog, "):
+    with pytest.raises(UserError, match=r"no recipe file '.*none.yaml'; known recipes: default/based, "):
         Recipe.load(tmp_path / "none.yaml")
     with pytest.raises(UserError, match=r"model\.name: Field required"):
         Recipe.load("default/lolcats", overrides=["model.dtype=float32"])
@@ -171,7 +172,8 @@ def shipped(name: str) -> Recipe:
 @pytest.mark.parametrize("name", available())
 def test_every_shipped_recipe_is_valid_and_reproduces_itself(name: str) -> None:
     recipe = shipped(name)
-    assert recipe.mixer["type"] == name.split("/")[1]
+    method = name.split("/")[1]
+    assert method.startswith(recipe.mixer["type"]) or method == "hedgemamba"
     model = name.split("/")[0]
     assert model == "default" or resolve_model(recipe.model.name) == resolve_model(model)
     assert sum(stage["tokens"] for stage in recipe.stages) > 0
@@ -181,11 +183,52 @@ def test_every_shipped_recipe_is_valid_and_reproduces_itself(name: str) -> None:
     assert again == recipe and again.to_yaml() == text
 
 
-def test_the_shipped_recipes_cover_every_mixer() -> None:
+@pytest.mark.parametrize("owner", ["default", "demo"])
+def test_the_shipped_recipes_cover_every_mixer(owner: str) -> None:
     from linearize.registry import keys
 
-    for model in {name.split("/")[0] for name in available()}:
-        assert {name.split("/")[1] for name in available() if name.startswith(f"{model}/")} == set(keys("mixers"))
+    recipes = [Recipe.load(name, "demo") for name in available() if name.startswith(f"{owner}/")]
+    assert {recipe.mixer["type"] for recipe in recipes} == set(keys("mixers")) - {"composed"}
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: demo/lolcats\nmixer: {window: 32}\nevaluation: null\n")
+    mine, base = Recipe.load(tmp_path / "mine.yaml"), Recipe.load("demo/lolcats")
+    assert mine.mixer == {**base.mixer, "window": 32} and mine.stages == base.stages and mine.evaluation is None
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml\nmixer: gdn\n")
+    assert Recipe.load(tmp_path / "other.yaml").mixer == Recipe.load("demo/gdn").mixer
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: demo/lolcat", "extends 'demo/lolcat', which is no recipe; did you mean 'demo/lolcats'"),
+        ("extends: loop.yaml", "extends 'loop.yaml', which extends it in turn"),
+        ("extends: [a, b]", "extends must name one recipe"),
+    ],
+)
+def test_a_wrong_parent_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "loop.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        Recipe.load(tmp_path / "loop.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mixer.decay=scalr", "unknown decay 'scalr'; did you mean 'scalar'"),
+        ("mixer.update={type: delta, bta: 1}", "unknown key 'mixer.update.bta'; did you mean 'beta'"),
+        ("mixer.update={type: delta, beta: 3}", "update.beta must lie between 0 and 1, got 3"),
+        ("mixer.window=wide", "mixer.window: Input should be a valid integer"),
+        ("mixer.combine=average", None),
+    ],
+)
+def test_parts_are_named_and_checked(override: str, message: str | None) -> None:
+    if message is None:
+        assert Recipe.load("gdn", "demo", [override]).mixer["combine"] == {"type": "average", "mix": 0.5}
+        return
+    with pytest.raises(UserError, match=re.escape(message)):
+        Recipe.load("gdn", "demo", [override])
 
 
 def test_the_papers_settings_of_lolcats() -> None:

@@ -19,7 +19,8 @@ from linearize import registry
 from linearize.families.base import Family
 from linearize.hf.bundle import auto_map, bundle
 from linearize.hf.modeling import build_classes
-from linearize.mixers.base import Mixer, config_from_dict
+from linearize.mixers.base import Mixer
+from linearize.mixers.parts.base import Part
 from linearize.swap import mixer_specs, swap_layers, swapped
 
 PREFIX = "linearized_"
@@ -39,14 +40,14 @@ def trusting(trusted: bool) -> Iterator[None]:
         _trusted.reset(token)
 
 
-def find_mixer(key: str) -> type[Mixer]:
-    """The mixer class that a checkpoint's config names.
+def find_class(package: str, key: str) -> type:
+    """The class of a mixer ("mixers") or of a part (such as "mixers.parts.decays") that a checkpoint's config names.
 
     Raises:
         UserError: for an unknown key, and outside `trusting(True)` for `module:Class` of a module that nobody has
             imported; see `registry.find`.
     """
-    return registry.find("mixers", key, Mixer, trusted=_trusted.get())
+    return registry.find(package, key, Mixer if package == "mixers" else Part, trusted=_trusted.get())
 
 
 @cache
@@ -57,7 +58,7 @@ def classes(model_type: str) -> tuple[type, type]:
         UserError: for an architecture without a family file.
     """
     family = registry.find("families", model_type, Family)
-    config_class, model_class = build_classes(family, find_mixer, __name__)
+    config_class, model_class = build_classes(family, find_class, __name__)
     model_class.save_pretrained = _saves_code(model_class.save_pretrained, model_type)  # type: ignore[attr-defined]
     return config_class, model_class
 
@@ -65,7 +66,7 @@ def classes(model_type: str) -> tuple[type, type]:
 def _saves_code(save: Any, model_type: str) -> Any:
     @wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        files = bundle(model_type, [mixer["type"] for mixer in self.config.linearize["mixers"]])
+        files = bundle(model_type, self.config.linearize["mixers"])
         self.config.auto_map = auto_map(model_type)
         save(self, save_directory, *args, **kwargs)
         for name, text in files.items():
@@ -106,7 +107,7 @@ def linearized(model: Any, model_type: str, description: Mapping[str, Any]) -> A
     family = registry.find("families", model_type, Family)
     config_class, model_class = classes(model_type)
     with trusting(True):  # the description comes from a recipe, not from a checkpoint
-        specs = mixer_specs(description, find_mixer, config_from_dict)
+        specs = mixer_specs(description, find_class)
     found: type = type(model)
     assert found is family.model_class, f"{found} is not {family.model_class}"
     model.__class__ = model_class

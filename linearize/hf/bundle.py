@@ -10,13 +10,15 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from linearize import __version__, registry
 from linearize.errors import UserError
 from linearize.families.base import Family
-from linearize.mixers.base import Mixer
+from linearize.mixers.base import Mixer, config_from_dict
+from linearize.mixers.parts.base import Part, parts_of
 
 ENTRY = "modeling_linearized"
 """The module that a checkpoint's `auto_map` names."""
@@ -29,9 +31,14 @@ TEMPLATE = '''\
 
 {imports}
 
-MIXERS = {{{mixers}}}
+CLASSES = {{{classes}}}
 
-{config_name}, {model_name} = build_classes({family}, MIXERS.__getitem__, __name__)
+
+def find(package, key):
+    return CLASSES[package, key]
+
+
+{config_name}, {model_name} = build_classes({family}, find, __name__)
 '''
 
 
@@ -41,8 +48,8 @@ def auto_map(model_type: str) -> dict[str, str]:
     return {"AutoConfig": f"{ENTRY}.{config_name}", "AutoModelForCausalLM": f"{ENTRY}.{model_name}"}
 
 
-def bundle(model_type: str, mixers: Sequence[str]) -> dict[str, str]:
-    """Source files for a checkpoint of the family `model_type` with the mixers of these keys.
+def bundle(model_type: str, mixers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Source files for a checkpoint of the family `model_type` with mixers of these settings, `type` among them.
 
     Returns:
         File name -> content, `modeling_linearized.py` among them.
@@ -52,7 +59,7 @@ def bundle(model_type: str, mixers: Sequence[str]) -> dict[str, str]:
             transformers, or imports in a form that cannot be made flat.
     """
     family = registry.find("families", model_type, Family)
-    found = {key: registry.find("mixers", key, Mixer) for key in sorted(set(mixers))}
+    found = {place: cls for mixer in mixers for place, cls in _classes(mixer)}
     build = f"{PACKAGE}.hf.modeling"
     roots = [build, family.__module__, *(cls.__module__ for cls in found.values())]
     files = _walk(roots)
@@ -61,18 +68,31 @@ def bundle(model_type: str, mixers: Sequence[str]) -> dict[str, str]:
         f"from .{flat_name(build)} import build_classes",
     ]
     for i, cls in enumerate(found.values()):
-        imports.append(f"from .{flat_name(cls.__module__)} import {cls.__name__} as Mixer{i}")
+        imports.append(f"from .{flat_name(cls.__module__)} import {cls.__name__} as Class{i}")
     config_name, model_name = _class_names(family)
     files[f"{ENTRY}.py"] = TEMPLATE.format(
         package=PACKAGE,
         version=__version__,
         imports="\n".join(imports),
-        mixers=", ".join(f"{key!r}: Mixer{i}" for i, key in enumerate(found)),
+        classes=", ".join(f"{place!r}: Class{i}" for i, place in enumerate(found)),
         config_name=config_name,
         model_name=model_name,
         family=family.__name__,
     )
     return files
+
+
+def _classes(mixer: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], type]]:
+    """((package, key), class) of a mixer and of all parts that its settings name."""
+
+    def find(package: str, key: str) -> type:
+        return registry.find(package, key, Mixer if package == "mixers" else Part)
+
+    cls: Any = find("mixers", mixer["type"])
+    yield ("mixers", mixer["type"]), cls
+    config = config_from_dict(cls.Config, {k: v for k, v in mixer.items() if k != "type"}, find)
+    for package, settings in parts_of(config):
+        yield (package, settings.type), type(settings).part
 
 
 def flat_name(module: str) -> str:

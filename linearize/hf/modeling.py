@@ -7,7 +7,6 @@ exported checkpoint carries a copy of this file and builds the same classes with
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,16 +14,16 @@ from huggingface_hub.dataclasses import strict
 
 from linearize.families.base import Family
 from linearize.hf.cache import state_layer
-from linearize.mixers.base import Mixer, config_from_dict
+from linearize.mixers.base import Find, Mixer
 from linearize.swap import mixer_specs, swap_layers, swapped
 
 
-def build_classes(family: type[Family], find: Callable[[str], type[Mixer]], module: str) -> tuple[type, type]:
+def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, type]:
     """Make the (config class, model class) of converted `family` models.
 
     Args:
         family: the architecture.
-        find: mixer key, as the config has it -> mixer class.
+        find: (package, key), as the config has it -> class of a mixer or of one of its parts.
         module: name of the module that will hold the classes.
     """
     source = family.config_class
@@ -47,7 +46,7 @@ def build_classes(family: type[Family], find: Callable[[str], type[Mixer]], modu
     class Linearized(family.model_class):  # type: ignore[name-defined]
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
-            swap_layers(self, family, mixer_specs(config.linearize, find, config_from_dict))
+            swap_layers(self, family, mixer_specs(config.linearize, find))
             if not any(p.is_meta for p in self.parameters()):  # post_init ran before there were mixers
                 for attn in swapped(self).values():
                     self._init_mixer(attn.mixer)

@@ -59,3 +59,66 @@ class Normal(Init):
 
     def __str__(self) -> str:
         return f"normal, std {self.std:g}"
+
+
+@dataclass(frozen=True)
+class SignedIdentity(Init):
+    """[I, -I, 0] on the last two dimensions, the same for all leading ones: relu of it keeps both signs."""
+
+    def fill(self, tensor: torch.Tensor, *, name: str, seed: int) -> None:
+        rows, columns = tensor.shape[-2:]
+        matrix = torch.zeros(rows, columns, dtype=tensor.dtype, device=tensor.device)
+        half = columns // 2
+        matrix[:, :half] = torch.eye(rows, half)
+        matrix[:, half : 2 * half] = -torch.eye(rows, half)
+        tensor.copy_(matrix.expand_as(tensor))
+
+    def __str__(self) -> str:
+        return "identity and its negative per head"
+
+
+@dataclass(frozen=True)
+class KaimingUniform(Init):
+    """Uniform within sqrt(3 / fan-in), which keeps the variance; the fan-in is that of one head, the rows of [.., D,
+    F].
+
+    Taking the fan-in of the whole tensor, as torch.nn.init does for three dimensions, makes heads too small.
+    """
+
+    def fill(self, tensor: torch.Tensor, *, name: str, seed: int) -> None:
+        bound = (3 / tensor.shape[-2]) ** 0.5
+        values = torch.rand(tensor.shape, generator=seeded(name, seed))
+        tensor.copy_(values.mul_(2 * bound).sub_(bound))
+
+    def __str__(self) -> str:
+        return "uniform with the fan-in of one head"
+
+
+@dataclass(frozen=True)
+class PerHead(Init):
+    """One value per head, the first dimension; the same for all that follows it."""
+
+    values: tuple[float, ...]
+    meaning: str
+    """What the plan prints."""
+
+    def fill(self, tensor: torch.Tensor, *, name: str, seed: int) -> None:
+        values = torch.tensor(self.values, dtype=torch.float64).to(tensor)
+        tensor.copy_(values.view(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor))
+
+    def __str__(self) -> str:
+        return self.meaning
+
+
+@dataclass(frozen=True)
+class LastTap(Init):
+    """A causal convolution [channels, size] that passes its input on, times `value`: only the current token counts."""
+
+    value: float = 1.0
+
+    def fill(self, tensor: torch.Tensor, *, name: str, seed: int) -> None:
+        tensor.zero_()
+        tensor[..., -1] = self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:g} times the current token"

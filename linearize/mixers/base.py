@@ -97,6 +97,22 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def linear_in_values(self) -> bool:
+        """Whether y is a weighted sum of values with weights that do not depend on them, so that one-hot values read
+        the weights out."""
+        return True
+
+    @property
+    def output_scale(self) -> nn.Parameter | None:
+        """The factor per query head [Hq] on the recurrent branch's output, in which y is affine, or None without
+        one.
+        """
+        return None
+
+    def calibrate(self, measured: Any) -> None:
+        """Set parameters from a `linearize.mixers.parts.base.Calibration` of the layer; by default there are none."""
+
     def inits(self) -> dict[str, Init]:
         """How each new parameter is initialised, by its name inside the mixer."""
         return {}
@@ -134,20 +150,54 @@ def branches_of(model: nn.Module) -> list[str]:
     return sorted({branch for m in model.modules() if isinstance(m, Mixer) for branch in m.branches})
 
 
-def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
+Find = Callable[[str, str], Any]
+"""(package such as "mixers" or "mixers.parts.decays", key) -> the class that the key names."""
+
+
+def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
+    return cls(**values)
+
+
+def config_from_dict(
+    cls: type,
+    values: dict[str, Any],
+    find: Find,
+    *,
+    where: str = "",
+    construct: Callable[[type, dict[str, Any], str], Any] = _construct,
+) -> Any:
     """Build a (nested) config dataclass from plain data.
 
+    A field that holds a part takes the part's name, or a dict with its `type` and settings; without `type`, or with the
+    default's, the settings change the default's.
+
+    Args:
+        cls: the config class.
+        values: settings; those that are missing keep their defaults.
+        find: finds the class of a part.
+        where: path of `values` in what the user wrote, for messages.
+        construct: (class, values, where) -> instance; by default the class is called.
+
     Raises:
-        ValueError: for a key that `cls` does not have.
+        ValueError: for a key that `cls` or a part does not have, and whatever the configs refuse.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise ValueError(f"unknown key {key!r} in {cls.__name__}{did_you_mean(key, fields)}")
-    defaults = {name: field.default_factory for name, field in fields.items()}
     built = {}
     for key, value in values.items():
-        nested = defaults[key]
-        is_nested = isinstance(value, dict) and isinstance(nested, type) and dataclasses.is_dataclass(nested)
-        built[key] = config_from_dict(nested, value) if is_nested else value  # type: ignore[arg-type]
-    return cls(**built)
+        path = f"{where}.{key}" if where else key
+        if key not in fields:
+            raise ValueError(f"unknown key {path!r}{did_you_mean(key, fields)}")
+        field = fields[key]
+        default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if "part" in field.metadata and isinstance(value, str):
+            value = {"type": value}
+        if not dataclasses.is_dataclass(default) or not isinstance(value, dict):
+            built[key] = tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
+            continue
+        kind: type = type(default)
+        before: dict[str, Any] = dataclasses.asdict(default)  # type: ignore[arg-type]
+        settings = {**before, **value}
+        if "part" in field.metadata and settings["type"] != before["type"]:
+            kind, settings = find(field.metadata["part"], value["type"]).Config, value
+        built[key] = config_from_dict(kind, settings, find, where=path, construct=construct)
+    return construct(cls, built, where)

@@ -71,6 +71,14 @@ class AttentionTransfer(Stage):
                 f"stage attention_transfer has nothing to train: {', '.join(sorted(mixers))} adds no parameters; "
                 "remove the stage"
             )
+        if self.config.loss == "weights":
+            for attn in swapped(model).values():
+                if not attn.mixer.linear_in_values:
+                    raise UserError(
+                        "stage attention_transfer: loss weights compares attention weights, and "
+                        f"{type(attn.mixer).__name__} has none (a norm, clones, meta tokens or a convolution on its "
+                        "values); use loss mse or cosine"
+                    )
         chosen = select(model, self.config.train, "attention_transfer")
         if shared := [name for name in chosen if ".mixer." not in name]:
             raise UserError(

@@ -97,7 +97,7 @@ def test_unknown_mixer(folder: Path) -> None:
 
 def test_weights_of_another_conversion(folder: Path) -> None:
     edit_config(folder, lambda config: config["linearize"].update(layers=[0, 0, 0]))
-    with pytest.raises(UserError, match=r"lacks 3 tensors .*model.layers.1.self_attn.mixer.map_k.weight"):
+    with pytest.raises(UserError, match=r"lacks 3 tensors .*model.layers.1.self_attn.mixer.combine.window_factor"):
         load(folder)
 
 

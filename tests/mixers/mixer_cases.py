@@ -16,7 +16,10 @@ from ops.op_cases import assert_close
 from torch.utils._pytree import tree_leaves
 
 from linearize import registry
+from linearize.hf.auto import find_class
 from linearize.mixers.base import Context, HeadShape, Mixer, State, config_from_dict
+from linearize.mixers.composed import ComposedConfig
+from linearize.mixers.parts.base import Part
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, HIDDEN = 4, 2, 8, 6, 12
 
@@ -41,6 +44,10 @@ def switches(config: type) -> Iterator[dict[str, Any]]:
             yield {"sinks": 3}
 
 
+def _short(value: Any) -> str:
+    return ",".join(str(v) for v in value.values()) if isinstance(value, dict) else str(value)
+
+
 @dataclass(frozen=True)
 class Case:
     """A mixer's key and its settings, as a recipe writes them."""
@@ -49,11 +56,17 @@ class Case:
     settings: dict[str, Any]
 
     def __str__(self) -> str:
-        return "-".join([self.key, *(f"{name}={value}" for name, value in self.settings.items())])
+        return "-".join([self.key, *(f"{name}={_short(value)}" for name, value in self.settings.items())])
 
     @property
     def mixer_class(self) -> type[Mixer]:
         return registry.find("mixers", self.key, Mixer)
+
+    @property
+    def tolerance(self) -> float:
+        """Relative; a norm divides the read-out's rounding by the read-out, which can be small."""
+        output = getattr(self.mixer().config, "output", None)
+        return 1e-5 if output is None or output.norm == "none" else 5e-5
 
     def has(self, field: str) -> bool:
         return field in {f.name for f in dataclasses.fields(self.mixer_class.Config)}
@@ -61,7 +74,7 @@ class Case:
     def mixer(self, dtype: torch.dtype = torch.float32, kv_heads: int = KV_HEADS, **changes: Any) -> Mixer:
         """The mixer, initialised and then moved away from its symmetric first values; the same on every call."""
         cls = self.mixer_class
-        config = config_from_dict(cls.Config, {**self.settings, **changes})
+        config = config_from_dict(cls.Config, {**self.settings, **changes}, find_class)
         mixer = cls(config, HeadShape(HEADS, kv_heads, KEY_DIM, VALUE_DIM, HIDDEN, scale=0.4))
         mixer.initialise("mixer", seed=0)
         noise = torch.Generator().manual_seed(1)
@@ -70,20 +83,50 @@ class Case:
         return mixer.to(dtype)
 
 
+def parts(config: type) -> Iterator[dict[str, Any]]:
+    """Settings that each take another part, and that turn each switch of a nested config."""
+    for field in dataclasses.fields(config):
+        default = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if "part" in field.metadata:
+            package = field.metadata["part"]
+            for key in registry.keys(package):
+                yield {field.name: {"type": key}}
+                for switch in switches(registry.find(package, key, Part).Config):
+                    yield {field.name: {"type": key, **switch}}
+        elif dataclasses.is_dataclass(default):
+            sized = {"size": 3} if hasattr(default, "size") else {}
+            yield from ({field.name: {**sized, **switch}} for switch in switches(type(default)))
+
+
+def is_possible(case: Case) -> bool:
+    """Whether the mixer accepts this combination of parts."""
+    try:
+        run(case.mixer(), inputs(1, 2))
+    except ValueError:
+        return False
+    return True
+
+
 def find_cases() -> list[Case]:
+    """Each mixer as it is and small; the composed one, of which they are made, with every switch and part as well."""
     cases = []
     for key in registry.keys("mixers"):
         config = registry.find("mixers", key, Mixer).Config
         small = {name: value for name, value in small_mixer(key).items() if name != "type"}
+        cases += [Case(key, {}), Case(key, small)]
+        if issubclass(config, ComposedConfig) and config is not ComposedConfig:
+            cases += [Case(key, {**small, "sinks": 3})] if config().window else []
+            continue
         turned = list(switches(config))
         together = {name: value for switch in turned for name, value in switch.items()}
-        variants = [{}, small, *({**small, **switch} for switch in turned)]
-        variants += [{**small, **together}] if len(turned) > 1 else []
-        cases += [Case(key, settings) for settings in variants]
-    return cases
-
-
-CASES = find_cases()
+        cases += [Case(key, {**small, **switch}) for switch in [*turned, together]]
+    positive = {"feature_map": {"type": "hedgehog"}, "normalize": True, "window": 8, "chunk_size": 16}
+    for settings in parts(ComposedConfig):
+        cases.append(Case("composed", {"window": 8, "chunk_size": 16, **settings}))
+        if settings.keys() & {"feature_map", "decay", "combine"}:
+            cases.append(Case("composed", {**positive, **settings}))
+    unique = {str(case): case for case in cases}
+    return [case for case in unique.values() if is_possible(case)]
 
 
 def inputs(B: int, T: int, *, kv_heads: int = KV_HEADS, seed: int = 0) -> Tensors:
@@ -139,3 +182,6 @@ def assert_same_state(state: State, expected: State, tolerance: float) -> None:
 
 def nbytes(state: State) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state))
+
+
+CASES = find_cases()

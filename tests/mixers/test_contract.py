@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from linearize.hf.auto import find_class
 from linearize.inits.base import Constant, Identity, Init, Normal
 from linearize.mixers.base import HeadShape, Mixer, config_from_dict
 from linearize.mixers.lolcats import LolcatsConfig
-from linearize.mixers.parts.feature_maps import FeatureMapConfig
+from linearize.mixers.parts.feature_maps.hedgehog import HedgehogConfig
 
 
 class Toy(Mixer):
@@ -49,9 +50,9 @@ def test_inits_say_what_they_do():
 
 
 def test_configs_are_built_from_nested_plain_data():
-    config = config_from_dict(LolcatsConfig, {"window": 8, "feature_map": {"dim": 4}})
-    assert config == LolcatsConfig(window=8, feature_map=FeatureMapConfig(dim=4))
-    with pytest.raises(ValueError, match="unknown key 'windw' in LolcatsConfig; did you mean 'window'"):
-        config_from_dict(LolcatsConfig, {"windw": 8})
-    with pytest.raises(ValueError, match="unknown key 'dims' in FeatureMapConfig"):
-        config_from_dict(LolcatsConfig, {"feature_map": {"dims": 4}})
+    config = config_from_dict(LolcatsConfig, {"window": 8, "feature_map": {"dim": 4}}, find_class)
+    assert config == LolcatsConfig(window=8, feature_map=HedgehogConfig(dim=4))
+    with pytest.raises(ValueError, match="unknown key 'windw'; did you mean 'window'"):
+        config_from_dict(LolcatsConfig, {"windw": 8}, find_class)
+    with pytest.raises(ValueError, match="unknown key 'feature_map.dims'; did you mean 'dim'"):
+        config_from_dict(LolcatsConfig, {"feature_map": {"dims": 4}}, find_class)

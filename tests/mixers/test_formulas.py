@@ -44,7 +44,7 @@ def hedgehog_map(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def lolcats_by_hand(mixer, window_qk, linear_qk, v, window: int, sinks: int) -> list[list[torch.Tensor]]:
     outputs: list[list[torch.Tensor]] = []
     for h in range(HEADS):
-        gamma = 1 / (1 + math.exp(-float(mixer.window_factor[h])))
+        gamma = 1 / (1 + math.exp(-float(mixer.combine.window_factor[h])))
         q, k = window_qk[0][h], window_qk[1][h]
         phi_q = hedgehog_map(mixer.map_q.weight[h], linear_qk[0][h])
         phi_k = hedgehog_map(mixer.map_k.weight[h], linear_qk[1][h])
@@ -84,7 +84,7 @@ def test_lolcats(T: int, settings: dict):
 def test_lolcats_starts_as_the_paper_does():
     mixer = Case("lolcats", {}).mixer()
     mixer.initialise("mixer", seed=0)
-    assert torch.allclose(mixer.window_factor.sigmoid(), torch.tensor(0.1))
+    assert torch.allclose(mixer.combine.window_factor.sigmoid(), torch.tensor(0.1))
     for weight in (mixer.map_q.weight, mixer.map_k.weight):
         assert torch.equal(weight, torch.eye(8).expand(HEADS, 8, 8))
 
@@ -135,13 +135,20 @@ def fla_naive_gla():
 
 @pytest.mark.parametrize(
     ("T", "settings"),
-    [(64, {}), (65, {}), (150, {}), (150, {"sinks": 4, "mix": 0.2}), (40, {"window": 3, "gate_normalizer": 2.0})],
+    [
+        (64, {}),
+        (65, {}),
+        (150, {}),
+        (150, {"sinks": 4, "combine": {"mix": 0.2}}),
+        (40, {"window": 3, "decay": {"normalizer": 2.0}}),
+    ],
     ids=str,
 )
 @torch.no_grad()
 def test_liger(T: int, settings: dict):
     mixer, given, results, (bare_q, bare_k), (q, k), v = float64_case("liger", T, **settings)
-    mix, normalizer = settings.get("mix", 0.5), settings.get("gate_normalizer", 16.0)
+    mix = settings.get("combine", {}).get("mix", 0.5)
+    normalizer = settings.get("decay", {}).get("normalizer", 16.0)
     recurrent: list[list[torch.Tensor]] = []
     expected: list[list[torch.Tensor]] = []
     for h in range(HEADS):

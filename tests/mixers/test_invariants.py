@@ -31,8 +31,8 @@ def test_pieces_and_steps_equal_one_call(case: Case, T: int):
     whole, whole_state = run(mixer, given)
     for lengths in ([1] * T, random_splits(T, 0), random_splits(T, 1)):
         y, state = run_pieces(mixer, given, lengths)
-        assert_close([y], [whole], 1e-5)
-        assert_same_state(state, whole_state, 1e-5)
+        assert_close([y], [whole], case.tolerance)
+        assert_same_state(state, whole_state, case.tolerance)
 
 
 @every_case
@@ -42,8 +42,8 @@ def test_pieces_and_steps_equal_one_call_on_long_rows(case: Case):
     whole, whole_state = run(mixer, given)
     for lengths in ([940] + [1] * 60, random_splits(1000, 0)):
         y, state = run_pieces(mixer, given, lengths)
-        assert_close([y], [whole], 1e-5)
-        assert_same_state(state, whole_state, 1e-5)
+        assert_close([y], [whole], case.tolerance)
+        assert_same_state(state, whole_state, case.tolerance)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.has("chunk_size")], ids=str)
@@ -53,8 +53,8 @@ def test_chunk_size_does_not_matter(case: Case):
     whole, whole_state = run(case.mixer(chunk_size=64), given)
     for chunk_size in (1, 16, 128):
         y, state = run(case.mixer(chunk_size=chunk_size), given)
-        assert_close([y], [whole], 1e-5)
-        assert_same_state(state, whole_state, 1e-5)
+        assert_close([y], [whole], case.tolerance)
+        assert_same_state(state, whole_state, case.tolerance)
 
 
 @every_case
@@ -68,10 +68,8 @@ def test_a_row_does_not_depend_on_its_batch(case: Case, T: int):
         alone, alone_state = run(mixer, [x[row : row + 1] for x in given])
         after, _ = run(mixer, [x[row : row + 1] for x in inputs(5, 1, seed=3)], alone_state, start=T)
         results, truths = [together[row], following[row]], [alone[0], after[0]]
-        assert_close(results, truths, 1e-5)
-        # Only the products with sinks are laid out differently for one row, and differ in the last bit.
-        if not case.settings.get("sinks"):
-            assert all(torch.equal(a, b) for a, b in zip(results, truths, strict=True))
+        # Not bit for bit: matrix products and vectorised functions are laid out differently for one row.
+        assert_close(results, truths, case.tolerance)
 
 
 @every_case
@@ -88,7 +86,7 @@ def test_padding_is_not_seen(case: Case):
     for row, n in enumerate(lengths):
         alone, alone_state = run(mixer, [x[row : row + 1, :n] for x in given])
         after, _ = run(mixer, [x[row : row + 1] for x in more], alone_state, start=n)
-        assert_close([y[row : row + 1, :n], following[row : row + 1]], [alone, after], 1e-5)
+        assert_close([y[row : row + 1, :n], following[row : row + 1]], [alone, after], case.tolerance)
 
 
 @every_case
@@ -102,7 +100,7 @@ def test_a_padded_step_changes_no_state(case: Case, first: int):
     following, _ = run(mixer, more, after, positions=torch.tensor([[first + 1], [first]]) + torch.arange(3))
     stepped, _ = run(mixer, more, run(mixer, step, state, start=first)[1], start=first + 1)
     unstepped, _ = run(mixer, more, state, start=first)
-    assert_close([following[0], following[1]], [stepped[0], unstepped[1]], 1e-5)
+    assert_close([following[0], following[1]], [stepped[0], unstepped[1]], case.tolerance)
 
 
 @every_case
@@ -118,10 +116,10 @@ def test_packed_documents_equal_each_document_alone(case: Case):
         for n in lengths:
             part = (slice(row, row + 1), slice(start, start + n))
             alone, alone_state = run(mixer, [x[part] for x in given])
-            assert_close([y[part]], [alone], 1e-5)
+            assert_close([y[part]], [alone], case.tolerance)
             start += n
         after, _ = run(mixer, [x[row : row + 1] for x in more], alone_state, start=36)
-        assert_close([following[row : row + 1]], [after], 1e-5)
+        assert_close([following[row : row + 1]], [after], case.tolerance)
 
 
 @every_case
@@ -153,14 +151,14 @@ def test_gradients_equal_the_float64_loop(case: Case, T: int):
         expected, expected_state = run(exact_mixer, exact, **options)
         assert expected.dtype == torch.float64
         real = mask if options else torch.ones_like(mask)
-        assert_close([y[real]], [expected[real]], 1e-5)
+        assert_close([y[real]], [expected[real]], case.tolerance)
         grads = loss_gradients(y[real], state, [*leaves, *mixer.parameters()])
         truths = loss_gradients(expected[real], expected_state, [*exact, *exact_mixer.parameters()])
         largest = max(float(x.abs().max()) for x in truths)
         for grad, truth in zip(grads, truths, strict=True):
             # Where a gradient cancels to (nearly) nothing, that of q with one token, rounding is all there is to see.
             scale = max(float(truth.abs().max()), 1e-2 * largest)
-            assert (grad.double() - truth).abs().max() <= 1e-4 * scale
+            assert (grad.double() - truth).abs().max() <= 10 * case.tolerance * scale
 
 
 def loss_gradients(y: torch.Tensor, state: State, wanted: Tensors) -> Tensors:
@@ -176,7 +174,9 @@ def loss_gradients(y: torch.Tensor, state: State, wanted: Tensors) -> Tensors:
 @torch.no_grad()
 def test_grouped_heads_equal_expanded_heads_bit_for_bit(case: Case, T: int):
     grouped, expanded = case.mixer(), case.mixer(kv_heads=HEADS)
-    expanded.load_state_dict(grouped.state_dict())
+    wanted = expanded.state_dict()
+    parameters = {name: expand_rows(x, wanted[name].shape[0]) for name, x in grouped.state_dict().items()}
+    expanded.load_state_dict(parameters)
     state = wide_state = None
     for start, length in ((0, T), (T, 1)):
         q, k, v, x = inputs(2, length, seed=start)
@@ -184,6 +184,11 @@ def test_grouped_heads_equal_expanded_heads_bit_for_bit(case: Case, T: int):
         y, state = run(grouped, [q, k, v, x], state, start=start)
         wide_y, wide_state = run(expanded, [q, *wide, x], wide_state, start=start)
         assert torch.equal(y, wide_y)
+
+
+def expand_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Parameters of key heads, repeated for the query heads that they serve."""
+    return x if x.shape[0] == rows else x.repeat_interleave(rows // x.shape[0], dim=0)
 
 
 @every_case
@@ -230,13 +235,13 @@ def test_a_call_changes_neither_its_inputs_nor_the_state_it_got(case: Case):
         assert all(torch.equal(a, b) for a, b in zip(tree_leaves(state), before, strict=True))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.mixer_class.branches], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.mixer().branches], ids=str)
 @torch.no_grad()
 def test_a_branch_goes_off_and_comes_back(case: Case):
     mixer, given = case.mixer(), inputs(2, 100)
     whole, state = run(mixer, given)
-    assert branches_of(mixer) == sorted(case.mixer_class.branches)
-    for branch in case.mixer_class.branches:
+    assert branches_of(mixer) == sorted(mixer.branches)
+    for branch in mixer.branches:
         with pytest.raises(KeyError), branch_off(mixer, branch) as touched:
             assert touched == 1
             without, same_state = run(mixer, given)

@@ -1,0 +1,153 @@
+"""Sets the gates and the size of any mixer from what the teacher's attention does, before any training.
+
+`calibrate(model, ids)` runs the teacher over a few thousand tokens and measures, per layer and query head, how far and
+how sharply it attends. Every part of a mixer that has a decay or a write strength sets it from that; then the recurrent
+branch gets the factor per head that brings the layer's output closest to the teacher's. After Taylor-Calibrate (2026,
+arXiv:2606.16429), for any gated mixer instead of Gated DeltaNet alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from linearize.families.base import Family
+from linearize.mixers.parts.base import Calibration
+from linearize.ops.layout import expand_heads
+from linearize.schema import Count, Strict
+from linearize.swap import Batch, SwappedAttention, swapped, teacher_path
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+class InitConfig(Strict):
+    """How new tensors get their first values."""
+
+    type: Literal["declared", "calibrated"] = Field(
+        "declared",
+        description="declared: what each mixer names; calibrated: gates and output size then set from the teacher.",
+    )
+    tokens: Count = Field(8192, description="Training tokens that a calibration measures on.")
+
+
+@torch.no_grad()
+def calibrate(model: Any, family: type[Family], batches: Sequence[Inputs]) -> dict[str, Calibration]:
+    """Calibrate every mixer of `model` in place.
+
+    Args:
+        model: a swapped model whose mixers have their declared initial values.
+        family: its architecture.
+        batches: inputs of the base model: input_ids [B, T], and where they apply position_ids and attention_mask.
+
+    Returns:
+        What was measured, by the full name of the attention module.
+    """
+    layers = swapped(model)
+    distances: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    entropies: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def measure(name: str, attn: SwappedAttention, x: torch.Tensor, given: dict[str, Any], _: torch.Tensor) -> None:
+        distance, entropy = attention_statistics(attn, x, given["position_embeddings"], given["linearize_batch"])
+        distances[name].append(distance)
+        entropies[name].append(entropy)
+
+    watch(model, family, batches, measure)
+    found = {
+        name: Calibration(torch.stack(distances[name]).mean(0), torch.stack(entropies[name]).mean(0)) for name in layers
+    }
+    for name, attn in layers.items():
+        attn.mixer.calibrate(found[name])
+    match_outputs(model, family, batches)
+    return found
+
+
+@torch.no_grad()
+def match_outputs(model: Any, family: type[Family], batches: Sequence[Inputs]) -> None:
+    """Set the factor per head of each recurrent branch by least squares on the teacher's head outputs.
+
+    A layer's output is affine in the factor c: y(c) = y(0) + c (y(1) - y(0)), so c = <y* - y(0), d> / <d, d>, d = y(1)
+    - y(0).
+    """
+    sums: dict[str, list[torch.Tensor]] = {}
+
+    def collect(name: str, attn: SwappedAttention, x: torch.Tensor, given: dict[str, Any], heads: torch.Tensor) -> None:
+        scale = attn.mixer.output_scale
+        if scale is None:
+            return
+        outputs = []
+        for value in (0.0, 1.0):
+            scale.fill_(value)
+            y, _ = attn.heads(x, given["position_embeddings"], given["linearize_batch"])
+            outputs.append(y.double())
+        without, direction = outputs[0], outputs[1] - outputs[0]
+        teacher = heads.view_as(without).double()
+        found = [((teacher - without) * direction).sum((0, 1, 3)), direction.square().sum((0, 1, 3))]
+        sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
+
+    watch(model, family, batches, collect)
+    for name, attn in swapped(model).items():
+        if attn.mixer.output_scale is not None:
+            product, square = sums[name]
+            attn.mixer.output_scale.copy_(torch.where(square > 0, product / square.clamp_min(1e-30), 1.0))
+
+
+def watch(model: Any, family: type[Family], batches: Sequence[Inputs], see: Any) -> None:
+    """Run the teacher over batches and call `see(name, attention, x, kwargs, heads)` in each swapped layer.
+
+    x [B, T, C] is the layer's input, kwargs what its forward got, heads [B, T, Hq * V] the teacher's head outputs.
+    """
+    caught: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, attn in swapped(model).items():
+
+        def keep(module: nn.Module, args: tuple, name: str = name) -> None:
+            caught[name] = args[0]
+
+        def after(attn: Any, args: tuple, kwargs: dict[str, Any], output: Any, name: str = name) -> None:
+            see(name, attn, args[0] if args else kwargs["hidden_states"], kwargs, caught.pop(name))
+
+        hooks.append(family.output_projection(attn).register_forward_pre_hook(keep))
+        hooks.append(attn.register_forward_hook(after, with_kwargs=True))
+    try:
+        with teacher_path(model):
+            for batch in batches:
+                family.base_model(model)(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_statistics(
+    attn: SwappedAttention, x: torch.Tensor, position_embeddings: Any, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean distance and mean normalised entropy of softmax attention, both [Hq], from a layer's input x [B, T, C].
+
+    Queries are taken in blocks, so memory is that of B x Hq x 256 x T weights. Documents are told apart; padding, which
+    comes last in a row, is left out.
+    """
+    q, k, _ = attn.family.project(attn, x)
+    q, k = attn.family.rotate(q, k, *position_embeddings)
+    q, k = q.float(), expand_heads(k, q.shape[2]).float()
+    rows, tokens, heads = q.shape[:3]
+    place = torch.arange(tokens, device=x.device)
+    documents = torch.zeros(rows, tokens, device=x.device) if batch.documents is None else batch.documents
+    real = torch.ones_like(documents, dtype=torch.bool) if batch.mask is None else batch.mask
+    distance, entropy = q.new_zeros(heads), q.new_zeros(heads)
+    for start in range(0, tokens, 256):
+        block = place[start : start + 256]
+        age = block[:, None] - place[None, :]
+        seen = ((age >= 0) & (documents[:, block, None] == documents[:, None, :]))[:, None]
+        scores = torch.einsum("bihd,bjhd->bhij", q[:, block], k) * attn.mixer.shape.scale
+        logs = scores.masked_fill(~seen, float("-inf")).log_softmax(-1)
+        weights, counted = logs.exp(), real[:, None, block].to(q.dtype)
+        distance += ((weights * age.clamp(min=0)).sum(-1) * counted).sum((0, 2))
+        nats = -(weights * logs.masked_fill(~seen, 0.0)).sum(-1)
+        visible = seen.sum(-1)
+        spread = torch.where(visible > 1, nats / visible.clamp_min(2).log(), 0.0)  # one visible token has no spread
+        entropy += (spread * counted).sum((0, 2))
+    count = real.sum()
+    return distance / count, entropy / count

@@ -1,0 +1,91 @@
+"""What all parts share: a frozen config that names its part, declared initial values, and calibration.
+
+A mixer's config holds part configs in fields made by `part`; recipes write them as a name or as settings with a `type`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from linearize.inits.base import Init
+from linearize.mixers.base import HeadShape
+
+PACKAGE = "mixers.parts"
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """Base of all part configs. Subclasses give `type` their file's name as default."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    type: str = ""
+    """Name of the part, or `module:Class` of one of your own."""
+    part: ClassVar[Any] = None
+    """The part's class, which sets this itself."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on the teacher's softmax attention of one layer, all float32 `[Hq]`."""
+
+    distance: torch.Tensor
+    """Mean distance in tokens between a query and what it attends to, weighted by attention."""
+    entropy: torch.Tensor
+    """Mean entropy of the attention weights over the logarithm of how many tokens are visible: 0 one token, 1
+    uniform.
+    """
+
+
+class Part(nn.Module):
+    """Base class of all parts."""
+
+    Config: ClassVar[type[PartConfig]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Config" in vars(cls):
+            cls.Config.part = cls
+
+    def inits(self) -> dict[str, Init]:
+        """How each of the part's own parameters is initialised, by its name inside the part."""
+        return {}
+
+    def calibrate(self, measured: Calibration) -> None:
+        """Set parameters in place from what was measured on the teacher; by default there is nothing to set."""
+
+
+def build(config: Any, shape: HeadShape) -> Any:
+    """The part that `config` is of, for a layer of `shape`."""
+    return config.part(config, shape)
+
+
+def part(kind: str, default: type[PartConfig], **settings: Any) -> Any:
+    """A field of a mixer's config that holds the config of a part of `kind`, such as "feature_maps"."""
+    return field(default_factory=lambda: default(**settings), metadata={"part": f"{PACKAGE}.{kind}"})
+
+
+def part_inits(module: nn.Module) -> dict[str, Init]:
+    """The inits of all parts directly inside `module`, under their names there."""
+    return {
+        f"{name}.{key}": init
+        for name, child in module.named_children()
+        if isinstance(child, Part)
+        for key, init in child.inits().items()
+    }
+
+
+def parts_of(config: Any) -> Iterator[tuple[str, PartConfig]]:
+    """(package, config) of every part in a mixer's config, nested ones included."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if "part" in item.metadata:
+            yield item.metadata["part"], value
+        if dataclasses.is_dataclass(value):
+            yield from parts_of(value)

@@ -1,0 +1,1 @@
+"""Ways to combine the window and the recurrent branch. File name = what recipes call it."""

@@ -1,0 +1,66 @@
+"""A short causal convolution on projected heads: every channel sees its last few tokens.
+
+LAWCAT (arXiv:2509.18467) convolves q and k before a gated linear attention; Gated DeltaNet (arXiv:2412.06464) q, k and
+v. Only the current token's tap is set at first, so that nothing changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from linearize.inits.base import Init, LastTap
+from linearize.mixers.base import Context, HeadShape
+from linearize.mixers.parts.base import Part
+from linearize.ops.conv import causal_conv
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Settings of the short convolution."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    size: int = 0
+    """Tokens that a channel sees, its own included; 0 for no convolution."""
+    inputs: Literal["qkv", "qk", "kv", "v"] = "qkv"
+    """What is convolved."""
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ValueError(f"conv.size must be 0 or more tokens, got {self.size}")
+
+
+class Conv(Part):
+    """See the module docstring. State: the last size - 1 tokens of what is convolved."""
+
+    def __init__(self, config: ConvConfig, shape: HeadShape):
+        super().__init__()
+        self.inputs = config.inputs
+        sizes = {
+            "q": (shape.heads, shape.key_dim),
+            "k": (shape.kv_heads, shape.key_dim),
+            "v": (shape.kv_heads, shape.value_dim),
+        }
+        self.taps = nn.ParameterDict({x: nn.Parameter(torch.empty(*sizes[x], config.size)) for x in config.inputs})
+
+    def inits(self) -> dict[str, Init]:
+        return {f"taps.{x}": LastTap() for x in self.inputs}
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: Context, state: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """q, k, v convolved, and the state after."""
+        heads, after = {"q": q, "k": k, "v": v}, {}
+        for x in self.inputs:
+            heads[x], after[x] = causal_conv(
+                heads[x],
+                self.taps[x].to(heads[x].dtype),
+                mask=ctx.mask,
+                documents=ctx.documents,
+                state=None if state is None else state[x],
+            )
+        return heads["q"], heads["k"], heads["v"], after

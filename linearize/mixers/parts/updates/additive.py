@@ -1,0 +1,57 @@
+"""S_t = D_t S_{t-1} + k_t v_t^T: linear attention (Katharopoulos et al. 2020, arXiv:2006.16236), with whatever decay
+D_t.
+
+Without a decay it is plain linear attention, with one per head RetNet, Mamba-2 or Lightning attention, with one per
+channel GLA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from linearize.mixers.parts.base import PartConfig
+from linearize.mixers.parts.decays.base import Gate
+from linearize.mixers.parts.updates.base import Read, Update, write_scaled
+from linearize.ops.gla import gla
+from linearize.ops.linear import linear_attention
+from linearize.ops.simple_gla import simple_gla
+
+
+@dataclass(frozen=True)
+class AdditiveConfig(PartConfig):
+    """Settings of the additive update."""
+
+    type: str = "additive"
+
+
+class Additive(Update):
+    """See the module docstring. State: S [B, Hq, F, V], with normalisation also z [B, Hq, F]."""
+
+    Config = AdditiveConfig
+    decays = ("none", "head", "channel")
+    normalizes = True
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: Gate,
+        x: torch.Tensor,
+        *,
+        normalize: bool,
+        scale: float,
+        **options: Any,
+    ) -> Read:
+        g = gate.log_decay
+        v = write_scaled(v, gate)
+        if normalize:  # a common factor on all weights cancels
+            return linear_attention(q, k, v, g, **options)
+        if g is None or g.dim() == 3:
+            y, state = simple_gla(q, k, v, g, scale=scale, **options)
+        else:
+            y, state = gla(q, k, v, g, scale=scale, **options)
+        return y, None, state

@@ -1,0 +1,132 @@
+"""The update contract: one recurrence, with the gates that are its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linearize.inits.base import Constant, Init
+from linearize.mixers.base import HeadShape
+from linearize.mixers.parts.base import Calibration, Part, part_inits
+from linearize.mixers.parts.decays.base import Gate
+from linearize.ops.layout import working_dtype
+
+Read = tuple[torch.Tensor, torch.Tensor | None, Any]
+
+
+class Update(Part):
+    """Writes tokens into a recurrent state and reads it.
+
+    Args:
+        config: an instance of the subclass's `Config`.
+        shape: sizes of the layer; `key_dim` is the number of features of a query or key.
+    """
+
+    decays: ClassVar[tuple[str, ...]]
+    """Granularities of the decays that it takes: none, head, channel."""
+    linear_in_values: ClassVar[bool] = True
+    """Whether the read-out is a weighted sum of values, with weights that do not depend on them."""
+    normalizes: ClassVar[bool] = False
+    """Whether it can return a denominator, the sum of all weights."""
+
+    def __init__(self, config: Any, shape: HeadShape):
+        super().__init__()
+        self.config = config
+        self.shape = shape
+
+    def inits(self) -> dict[str, Init]:
+        return part_inits(self)
+
+    def calibrate(self, measured: Calibration) -> None:
+        for child in self.children():
+            if isinstance(child, Part):
+                child.calibrate(measured)
+
+    def decay_channels(self) -> int:
+        """How many decays per head a decay per channel is to have; by default one per feature."""
+        return self.shape.key_dim
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: Gate,
+        x: torch.Tensor,
+        *,
+        normalize: bool,
+        scale: float,
+        **options: Any,
+    ) -> Read:
+        """Run the recurrence.
+
+        Args:
+            q: [B, T, Hq, F] features. k: [B, T, Hkv or Hq, F]. v: [B, T, Hkv or Hq, V].
+            gate: the decay's.
+            x: [B, T, C] the layer's input, for gates.
+            normalize: whether to return the denominator.
+            scale: factor on q.
+            options: mask, documents, state, chunk_size and backend for the operator.
+
+        Returns:
+            y [B, T, Hq, V]; the denominator [B, T, Hq] or None; the state after.
+        """
+        raise NotImplementedError
+
+
+def write_scaled(v: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """v [B, T, H, V] times the gate's factor on what is written."""
+    if gate.write is None:
+        return v
+    if gate.write.shape[2] != v.shape[2]:
+        v = v.repeat_interleave(gate.write.shape[2] // v.shape[2], dim=2)
+    return v * gate.write.unsqueeze(-1).to(v.dtype)
+
+
+class HeadGate(Part):
+    """One number per head and token from the layer's input: x W + bias, before whatever squashes it; W starts at
+    zero.
+    """
+
+    def __init__(self, shape: HeadShape, bias: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.heads, shape.hidden_size))
+        self.bias = nn.Parameter(torch.empty(shape.heads))
+        self.start = bias
+
+    def inits(self) -> dict[str, Init]:
+        return {"weight": Constant(0.0), "bias": Constant(self.start)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, C] -> [B, T, Hq]."""
+        z = F.linear(x, self.weight.to(x.dtype))
+        return z.to(working_dtype(z)) + self.bias
+
+
+class WriteStrength(HeadGate):
+    """beta = limit * sigmoid(x W + bias) of a delta rule, per head and token."""
+
+    def __init__(self, shape: HeadShape, start: float, limit: float = 1.0):
+        super().__init__(shape, math.log(start / (limit - start)))
+        self.limit = limit
+
+    @torch.no_grad()
+    def calibrate(self, measured: Calibration) -> None:
+        """0.3 for heads that attend to everything up to 0.7 for those that pick one token (Taylor-Calibrate,
+        arXiv:2606.16429).
+        """
+        beta = 0.3 + 0.4 * (1 - measured.entropy.double().clamp(0, 1))
+        self.bias.copy_(torch.logit(beta / self.limit))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.limit * super().forward(x).sigmoid()
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """x [..., D] at length 1."""
+    wide = x.to(working_dtype(x))
+    return wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
