@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 
 from linearize.data import prepare
 from linearize.errors import UserError, disk_full
-from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.points import Points
+from linearize.evals.report import facts_of
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
 from linearize.hf.auto import linearized
@@ -66,6 +67,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
 
 def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable) -> Path:
     say(str(plan))
+    if is_main():
+        (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
     model, tokenizer = load(
         plan.source,
         dtype=recipe.model.dtype,
@@ -78,7 +81,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
     data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]
     swap(model, plan, recipe.seed)
-    points = _Points(out / "run" / "measurements.json", recipe, tokenizer, say)
+    points = Points(out / "run" / "measurements.json", recipe, tokenizer, say)
     with teacher_path(model):
         points.take("teacher", model)
     points.take("untrained", model)
@@ -187,7 +190,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
 
 def _is_unbegun(out: Path) -> bool:
     """Whether `out` holds nothing but what a conversion leaves that stopped before it trained or measured."""
-    own = {out / "run", *(out / "run" / name for name in (LOCK, "recipe.partial", "recipe.yaml"))}
+    own = {out / "run", *(out / "run" / name for name in (LOCK, "plan.json", "recipe.partial", "recipe.yaml"))}
     return set(out.rglob("*")) <= own
 
 
@@ -209,39 +212,6 @@ def alone(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-class _Points:
-    """The measurements of one conversion, kept on disk so that a resumed run does not repeat them."""
-
-    def __init__(self, path: Path, recipe: Recipe, tokenizer: Any, say: Callable):
-        self.path, self.recipe, self.tokenizer, self.say = path, recipe, tokenizer, say
-        self.tokens, self.seconds = 0, 0.0
-        self.text: torch.Tensor | None = None
-        saved = json.loads(path.read_text()) if path.exists() else []
-        self.taken: dict[str, Measurement] = {name: Measurement.from_dict(values) for name, values in saved}
-
-    def add_training(self, tokens: int, seconds: float) -> None:
-        self.tokens += tokens
-        self.seconds += seconds
-
-    def take(self, name: str, model: Any) -> None:
-        """Measure `model` unless the recipe asks for nothing or an interrupted run has measured it already."""
-        config = self.recipe.evaluation
-        if config is None or name in self.taken:
-            return
-        self.say(f"measuring: {name}")
-        if self.text is None:
-            self.text = eval_tokens(config, self.tokenizer, self.recipe.data)
-        found = measure(model, self.tokenizer, config, token_ids=self.text, seq_len=self.recipe.data.seq_len)
-        found.tokens, found.seconds = self.tokens, self.seconds
-        self.taken[name] = found
-        if not is_main():
-            return
-        partial = self.path.with_suffix(".partial")
-        with disk_full(self.path.parent):
-            partial.write_text(json.dumps([(n, m.to_dict()) for n, m in self.taken.items()], indent=1))
-        os.replace(partial, self.path)
 
 
 def _labels(stages: list[Stage]) -> list[str]:

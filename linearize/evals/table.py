@@ -20,23 +20,23 @@ def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
     branch off, the recall cases, trained tokens and seconds so far.
     """
     teacher = dict(points).get("teacher")
-    lengths = _union(point.length for _, m in points for point in m.losses)
-    branches = _union((loss.branch, loss.length) for _, m in points for loss in m.branches)
-    cases = _union((score.facts, score.distance) for _, m in points for score in m.recall)
-    tasks = _union((task, metric) for _, m in points for task in m.tasks for metric in m.main_metrics(task))
+    lengths = union(point.length for _, m in points for point in m.losses)
+    branches = union((loss.branch, loss.length) for _, m in points for loss in m.branches)
+    cases = union((score.facts, score.distance) for _, m in points for score in m.recall)
+    tasks = union((task, metric) for _, m in points for task in m.tasks for metric in m.main_metrics(task))
     header = ["", *(name for length in lengths for name in (f"loss {length}", "gap"))]
     header += [f"{branch} off {length}" for branch, length in branches]
-    header += [_case_name(case) for case in cases] + [f"{task} {metric}" for task, metric in tasks]
+    header += [case_name(case) for case in cases] + [f"{task} {metric}" for task, metric in tasks]
     header += ["tokens", "seconds"]
     rows = []
     for name, m in points:
         row = [name]
         for length in lengths:
             gap = None if teacher is None or m is teacher else _minus(m.loss(length), teacher.loss(length))
-            row += [_number(m.loss(length)), _number(gap, sign="+")]
-        row += [_number(m.branch_loss(branch, length)) for branch, length in branches]
-        row += [_percent(m.recall_rate(*case)) for case in cases]
-        row += [_number(m.tasks.get(task, {}).get(metric)) for task, metric in tasks]
+            row += [number(m.loss(length)), number(gap, sign="+")]
+        row += [number(m.branch_loss(branch, length)) for branch, length in branches]
+        row += [percent(m.recall_rate(*case)) for case in cases]
+        row += [number(m.tasks.get(task, {}).get(metric)) for task, metric in tasks]
         rows.append([*row, f"{m.tokens:,}", f"{m.seconds:,.0f}"])
     return grid(header, rows) + _samples(points) + _notes(points)
 
@@ -47,11 +47,11 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
     header = ["", "teacher", "student", "difference"] if teacher else ["", "model"]
 
     def row(name: str, values: list[float | None]) -> list[str]:
-        cells = [name, *(_number(value) for value in values)]
-        return [*cells, _number(_minus(values[1], values[0]), sign="+")] if teacher else cells
+        cells = [name, *(number(value) for value in values)]
+        return [*cells, number(_minus(values[1], values[0]), sign="+")] if teacher else cells
 
     rows = [
-        row(f"loss {length}", [m.loss(length) for m in columns]) for length in _union(p.length for p in student.losses)
+        row(f"loss {length}", [m.loss(length) for m in columns]) for length in union(p.length for p in student.losses)
     ]
     for point in student.losses:
         for first, end, _ in point.by_position:
@@ -59,7 +59,7 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
             rows.append(row(f"loss {point.length}, positions {first}-{end - 1}", values))
     for score in student.recall:
         case = (score.facts, score.distance)
-        rows.append(row(f"recall {_case_name(case)}", [m.recall_rate(*case) for m in columns]))
+        rows.append(row(f"recall {case_name(case)}", [m.recall_rate(*case) for m in columns]))
     for task in student.tasks:
         for metric in student.main_metrics(task):
             rows.append(row(f"{task} {metric}", [m.tasks.get(task, {}).get(metric) for m in columns]))
@@ -93,11 +93,11 @@ def _samples(points: Sequence[tuple[str, Measurement]]) -> str:
 
 
 def _notes(points: Sequence[tuple[str, Measurement]]) -> str:
-    notes = _union(note for _, m in points for note in m.notes)
+    notes = union(note for _, m in points for note in m.notes)
     return "".join(f"\n\nNote: {note}" for note in notes)
 
 
-def _case_name(case: tuple[int, int]) -> str:
+def case_name(case: tuple[int, int]) -> str:
     facts, distance = case
     return f"{facts} fact{'s' if facts > 1 else ''}/{distance}"
 
@@ -106,14 +106,14 @@ def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _number(value: float | None, sign: str = "") -> str:
+def number(value: float | None, sign: str = "") -> str:
     return NOTHING if value is None else f"{value:{sign}.3f}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.0%}"
 
 
-def _union(values: object) -> list:
+def union(values: object) -> list:
     """Distinct values in order of appearance."""
     return list(dict.fromkeys(values))  # type: ignore[call-overload]

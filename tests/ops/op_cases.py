@@ -10,10 +10,17 @@ from pathlib import Path
 
 import torch
 
+from linearize.ops.delta import DELTA_RULE, delta_rule
+from linearize.ops.delta_product import DELTA_PRODUCT, delta_product
+from linearize.ops.dplr import DPLR, dplr
 from linearize.ops.gla import GLA, gla
+from linearize.ops.gsa import GSA, gsa
 from linearize.ops.linear import LINEAR, linear_attention
+from linearize.ops.log_linear import LOG_LINEAR, log_linear
+from linearize.ops.mlstm import MLSTM, mlstm
 from linearize.ops.recurrence import Recurrence
 from linearize.ops.simple_gla import SIMPLE_GLA, simple_gla
+from linearize.ops.ttt import TTT, ttt_linear
 
 Tensors = list[torch.Tensor]
 
@@ -63,12 +70,75 @@ def _softmaxed(qkv: Tensors) -> Tensors:
     return [qkv[0].softmax(-1), qkv[1].softmax(-1), qkv[2]]
 
 
+def _unit_keys(qkv: Tensors) -> Tensors:
+    return [qkv[0], torch.nn.functional.normalize(qkv[1], dim=-1), qkv[2]]
+
+
+def _two_steps(qkv: Tensors) -> Tensors:
+    """k and v with two steps for each token."""
+    k, v = (torch.randn(*x.shape[:3], 2, x.shape[3]) for x in qkv[1:])
+    return _unit_keys([qkv[0], k, v])
+
+
+def _undecayed_delta(q, k, v, beta, **options):
+    return delta_rule(q, k, v, None, beta, **options)
+
+
+def _rwkv7_low_rank(B: int, T: int, H: int, K: int) -> Tensors:
+    """a = -kappa of unit norm and b = kappa * rate, so that no state grows."""
+    kappa = torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1)
+    return [-kappa, kappa * torch.rand(B, T, H, K)]
+
+
+def _six_levels(B: int, T: int, H: int, K: int) -> Tensors:
+    """Weights of six Fenwick levels, so that the last one takes what lies outside an aligned block of 16 tokens."""
+    return [torch.rand(B, T, H, 6)]
+
+
+def _square_unit_keys(qkv: Tensors) -> Tensors:
+    """Values of as many channels as keys."""
+    return _unit_keys([*qkv[:2], torch.randn_like(qkv[1])])
+
+
+def _ttt_rates(B: int, T: int, H: int, K: int) -> Tensors:
+    return [torch.rand(B, T, H) / K, 0.5 + torch.rand(B, T, H)]
+
+
+def _ttt(q, k, v, eta, gain, **options):
+    """TTT with one inner model for all heads, made without random numbers."""
+    H, K = k.shape[2:]
+    channel = torch.arange(K, device=k.device)
+    w0 = torch.sin(1.0 + channel + K * channel[:, None])
+    parts = (1 + 0.2 * torch.sin(channel), 0.2 * torch.cos(channel), w0, 0.1 * torch.sin(3.0 * channel))
+    return ttt_linear(q, k, v, eta, *(x.expand(H, *x.shape) for x in parts), gain, **options)
+
+
 CASES = [
     Case("linear", linear_attention, LINEAR, prepare=_softmaxed),
     Case("linear_scalar", linear_attention, LINEAR, "head", _softmaxed),
     Case("linear_vector", linear_attention, LINEAR, "channel", _softmaxed),
     Case("simple_gla", simple_gla, SIMPLE_GLA, "head"),
     Case("gla", gla, GLA, "channel"),
+    Case("delta", _undecayed_delta, DELTA_RULE, "none", _unit_keys, lambda B, T, H, K: [2 * torch.rand(B, T, H)]),
+    Case("gated_delta", delta_rule, DELTA_RULE, "head", _unit_keys, lambda B, T, H, K: [torch.rand(B, T, H)]),
+    Case("kda", delta_rule, DELTA_RULE, "channel", _unit_keys, lambda B, T, H, K: [torch.rand(B, T, H)]),
+    Case(
+        "delta_product", delta_product, DELTA_PRODUCT, "head", _two_steps, lambda B, T, H, K: [torch.rand(B, T, H, 2)]
+    ),
+    Case("dplr", dplr, DPLR, "channel", gates=_rwkv7_low_rank),
+    Case("gsa", gsa, GSA, "channel", gates=lambda B, T, H, K: [torch.rand(B, T, H, K)]),
+    # positive q and k: a denominator of either sign can vanish and then magnifies every rounding
+    Case("mlstm", mlstm, MLSTM, "head", _softmaxed, lambda B, T, H, K: [2 * torch.randn(B, T, H)]),
+    Case("log_linear", log_linear, LOG_LINEAR, "head", gates=_six_levels),
+    Case(
+        "log_linear_delta",
+        log_linear,
+        LOG_LINEAR,
+        "head",
+        _unit_keys,
+        lambda B, T, H, K: [*_six_levels(B, T, H, K), torch.rand(B, T, H)],
+    ),
+    Case("ttt", _ttt, TTT, "none", _square_unit_keys, _ttt_rates, {"batch_tokens": 10}),
 ]
 
 
@@ -108,11 +178,12 @@ def gradients(outputs: Tensors, inputs: Tensors) -> Tensors:
     for x in outputs:
         weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         loss = loss + (x.cpu().double() * weight).sum()
-    return list(torch.autograd.grad(loss, inputs))
+    return list(torch.autograd.grad(loss, [x for x in inputs if x.is_floating_point()]))
 
 
 def as_leaves(inputs: Tensors, dtype: torch.dtype) -> Tensors:
-    return [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    """Copies that collect gradients; counts stay as they are."""
+    return [x.to(dtype, copy=True).requires_grad_() if x.is_floating_point() else x for x in inputs]
 
 
 def right_padding(lengths: list[int], T: int) -> torch.Tensor:

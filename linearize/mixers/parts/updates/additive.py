@@ -14,7 +14,7 @@ import torch
 
 from linearize.mixers.parts.base import PartConfig
 from linearize.mixers.parts.decays.base import Gate
-from linearize.mixers.parts.updates.base import Read, Update, write_scaled
+from linearize.mixers.parts.updates.base import Operands, Read, Update, write_scaled
 from linearize.ops.gla import gla
 from linearize.ops.linear import linear_attention
 from linearize.ops.simple_gla import simple_gla
@@ -34,6 +34,10 @@ class Additive(Update):
     decays = ("none", "head", "channel")
     normalizes = True
 
+    def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
+        g = gate.log_decay
+        return Operands(simple_gla if g is None or g.dim() == 3 else gla, q, k, write_scaled(v, gate), (g,))
+
     def forward(
         self,
         q: torch.Tensor,
@@ -46,12 +50,7 @@ class Additive(Update):
         scale: float,
         **options: Any,
     ) -> Read:
-        g = gate.log_decay
-        v = write_scaled(v, gate)
-        if normalize:  # a common factor on all weights cancels
-            return linear_attention(q, k, v, g, **options)
-        if g is None or g.dim() == 3:
-            y, state = simple_gla(q, k, v, g, scale=scale, **options)
-        else:
-            y, state = gla(q, k, v, g, scale=scale, **options)
-        return y, None, state
+        if not normalize:
+            return super().forward(q, k, v, gate, x, normalize=False, scale=scale, **options)
+        # a common factor on all weights cancels, so there is no scale
+        return linear_attention(q, k, write_scaled(v, gate), gate.log_decay, **options)

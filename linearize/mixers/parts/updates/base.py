@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,16 @@ from linearize.mixers.parts.decays.base import Gate
 from linearize.ops.layout import working_dtype
 
 Read = tuple[torch.Tensor, torch.Tensor | None, Any]
+
+
+class Operands(NamedTuple):
+    """An operator of `linearize.ops` that returns (y, state), and what it takes in order."""
+
+    op: Callable[..., tuple[torch.Tensor, Any]]
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gates: tuple[torch.Tensor | None, ...]
 
 
 class Update(Part):
@@ -50,6 +61,16 @@ class Update(Part):
         """How many decays per head a decay per channel is to have; by default one per feature."""
         return self.shape.key_dim
 
+    def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
+        """What the recurrence is run on.
+
+        Args:
+            q: [B, T, Hq, F] features. k: [B, T, Hkv or Hq, F]. v: [B, T, Hkv or Hq, V].
+            gate: the decay's.
+            x: [B, T, C] the layer's input, for gates.
+        """
+        raise NotImplementedError
+
     def forward(
         self,
         q: torch.Tensor,
@@ -62,12 +83,9 @@ class Update(Part):
         scale: float,
         **options: Any,
     ) -> Read:
-        """Run the recurrence.
+        """Run the recurrence; arguments as `operands`, and
 
         Args:
-            q: [B, T, Hq, F] features. k: [B, T, Hkv or Hq, F]. v: [B, T, Hkv or Hq, V].
-            gate: the decay's.
-            x: [B, T, C] the layer's input, for gates.
             normalize: whether to return the denominator.
             scale: factor on q.
             options: mask, documents, state, chunk_size and backend for the operator.
@@ -75,7 +93,9 @@ class Update(Part):
         Returns:
             y [B, T, Hq, V]; the denominator [B, T, Hq] or None; the state after.
         """
-        raise NotImplementedError
+        op, q, k, v, gates = self.operands(q, k, v, gate, x)
+        y, state = op(q, k, v, *gates, scale=scale, **options)
+        return y, None, state
 
 
 def write_scaled(v: torch.Tensor, gate: Gate) -> torch.Tensor:

@@ -8,14 +8,13 @@ without which the state can grow without bound; beta = sigmoid(x W + b) per head
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import PartConfig
 from linearize.mixers.parts.decays.base import Gate
-from linearize.mixers.parts.updates.base import Read, Update, WriteStrength, unit, write_scaled
+from linearize.mixers.parts.updates.base import Operands, Update, WriteStrength, unit, write_scaled
 from linearize.ops.delta import delta_rule
 
 
@@ -45,18 +44,5 @@ class Delta(Update):
         super().__init__(config, shape)
         self.beta = WriteStrength(shape, config.beta, 2.0 if config.negative else 1.0)
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gate: Gate,
-        x: torch.Tensor,
-        *,
-        normalize: bool,
-        scale: float,
-        **options: Any,
-    ) -> Read:
-        v = write_scaled(v, gate)
-        y, state = delta_rule(unit(q), unit(k), v, gate.log_decay, self.beta(x), scale=scale, **options)
-        return y, None, state
+    def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
+        return Operands(delta_rule, unit(q), unit(k), write_scaled(v, gate), (gate.log_decay, self.beta(x)))

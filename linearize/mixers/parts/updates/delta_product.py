@@ -18,7 +18,7 @@ from linearize.inits.base import Constant, Init, Normal
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import PartConfig, part_inits
 from linearize.mixers.parts.decays.base import Gate
-from linearize.mixers.parts.updates.base import Read, Update, WriteStrength, unit, write_scaled
+from linearize.mixers.parts.updates.base import Operands, Update, WriteStrength, unit, write_scaled
 from linearize.ops.delta_product import delta_product
 from linearize.ops.layout import expand_heads
 
@@ -65,23 +65,11 @@ class DeltaProduct(Update):
     def calibrate(self, measured: Any) -> None:
         self.beta[0].calibrate(measured)  # type: ignore[operator]
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gate: Gate,
-        x: torch.Tensor,
-        *,
-        normalize: bool,
-        scale: float,
-        **options: Any,
-    ) -> Read:
+    def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         heads, v = self.shape.heads, write_scaled(v, gate)
         k, v = (expand_heads(t, heads).unsqueeze(3) for t in (k, v))
         more_k = torch.einsum("btc,hnkc->bthnk", x, self.key.to(x.dtype))
         more_v = v + torch.einsum("btc,hnvc->bthnv", x, self.value.to(x.dtype))
         k, v = torch.cat([unit(k), unit(more_k)], dim=3), torch.cat([v, more_v], dim=3)
         beta = torch.stack([strength(x) for strength in self.beta], dim=3)
-        y, state = delta_product(unit(q), k, v, gate.log_decay, beta, scale=scale, **options)
-        return y, None, state
+        return Operands(delta_product, unit(q), k, v, (gate.log_decay, beta))

@@ -6,13 +6,12 @@ HGRN2 (Qin et al. 2024, arXiv:2404.07904), equation 4; f is the decay per channe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from linearize.mixers.parts.base import PartConfig
 from linearize.mixers.parts.decays.base import Gate
-from linearize.mixers.parts.updates.base import Read, Update, write_scaled
+from linearize.mixers.parts.updates.base import Operands, Update, write_scaled
 from linearize.ops.gla import gla
 
 
@@ -29,19 +28,7 @@ class Hgrn2(Update):
     Config = Hgrn2Config
     decays = ("channel",)
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gate: Gate,
-        x: torch.Tensor,
-        *,
-        normalize: bool,
-        scale: float,
-        **options: Any,
-    ) -> Read:
+    def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         g = gate.log_decay
         assert g is not None
-        y, state = gla(q, -torch.expm1(g), write_scaled(v, gate), g, scale=scale, **options)
-        return y, None, state
+        return Operands(gla, q, -torch.expm1(g), write_scaled(v, gate), (g,))

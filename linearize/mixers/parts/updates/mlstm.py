@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import PartConfig
 from linearize.mixers.parts.decays.base import Gate
-from linearize.mixers.parts.updates.base import HeadGate, Read, Update, write_scaled
+from linearize.mixers.parts.updates.base import HeadGate, Update, write_scaled
 from linearize.ops.mlstm import mlstm
 
 
@@ -38,19 +37,7 @@ class Mlstm(Update):
         super().__init__(config, shape)
         self.input = HeadGate(shape, math.log(shape.key_dim))
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gate: Gate,
-        x: torch.Tensor,
-        *,
-        normalize: bool,
-        scale: float,
-        **options: Any,
-    ) -> Read:
+    def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         g = gate.log_decay
         assert g is not None
-        y, state = mlstm(q, k, write_scaled(v, gate), g, self.input(x), scale=scale, **options)
-        return y, None, state
+        return Operands(mlstm, q, k, write_scaled(v, gate), (g, self.input(x)))

@@ -19,7 +19,7 @@ from linearize.inits.base import Constant, Init, Normal
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import PartConfig
 from linearize.mixers.parts.decays.base import Gate
-from linearize.mixers.parts.updates.base import Read, Update, unit, write_scaled
+from linearize.mixers.parts.updates.base import Operands, Read, Update, unit, write_scaled
 from linearize.ops.dplr import dplr
 from linearize.ops.layout import expand_heads, working_dtype
 
@@ -63,6 +63,15 @@ class Rwkv7(Update):
             "bonus": Constant(0.0),
         }
 
+    def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
+        dtype = working_dtype(k)
+        k, v = expand_heads(k, self.shape.heads).to(dtype), expand_heads(write_scaled(v, gate), self.shape.heads)
+        z = torch.einsum("btr,hfr->bthf", F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        a = (z.to(dtype) + self.bias).sigmoid()
+        kappa = unit(k * self.removal_scale)
+        k = k * (1 + (a - 1) * self.write_mix)
+        return Operands(dplr, q, k, v, (gate.log_decay, -kappa, kappa * a))
+
     def forward(
         self,
         q: torch.Tensor,
@@ -75,14 +84,7 @@ class Rwkv7(Update):
         scale: float,
         **options: Any,
     ) -> Read:
-        g = gate.log_decay
-        assert g is not None
-        dtype = working_dtype(k)
-        k, v = expand_heads(k, self.shape.heads).to(dtype), expand_heads(write_scaled(v, gate), self.shape.heads)
-        z = torch.einsum("btr,hfr->bthf", F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        a = (z.to(dtype) + self.bias).sigmoid()
-        kappa = unit(k * self.removal_scale)
-        k = k * (1 + (a - 1) * self.write_mix)
-        y, state = dplr(q, k, v, g, -kappa, kappa * a, scale=scale, **options)
-        own = (q.to(dtype) * k * self.bonus).sum(-1, keepdim=True) * scale
+        op, q, k, v, gates = self.operands(q, k, v, gate, x)
+        y, state = op(q, k, v, *gates, scale=scale, **options)
+        own = (q.to(k.dtype) * k * self.bonus).sum(-1, keepdim=True) * scale
         return y + (own * v).to(y.dtype), None, state

@@ -7,13 +7,12 @@ forgets, 1 - decay.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from linearize.mixers.parts.base import PartConfig
 from linearize.mixers.parts.decays.base import Gate
-from linearize.mixers.parts.updates.base import Read, Update, write_scaled
+from linearize.mixers.parts.updates.base import Operands, Update, write_scaled
 from linearize.ops.gsa import gsa
 
 
@@ -39,19 +38,7 @@ class Slots(Update):
     def decay_channels(self) -> int:
         return self.config.slots or self.shape.key_dim
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gate: Gate,
-        x: torch.Tensor,
-        *,
-        normalize: bool,
-        scale: float,
-        **options: Any,
-    ) -> Read:
+    def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         g = gate.log_decay
         assert g is not None
-        y, state = gsa(q, k, write_scaled(v, gate), g, -torch.expm1(g), scale=scale, **options)
-        return y, None, state
+        return Operands(gsa, q, k, write_scaled(v, gate), (g, -torch.expm1(g)))

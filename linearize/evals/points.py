@@ -1,0 +1,48 @@
+"""The measurements of one conversion: teacher, untrained student, and the student after each stage."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize.errors import disk_full
+from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.training.processes import is_main
+
+
+class Points:
+    """The measurements of one conversion, kept on disk so that a resumed run does not repeat them."""
+
+    def __init__(self, path: Path, recipe: Any, tokenizer: Any, say: Callable):
+        self.path, self.recipe, self.tokenizer, self.say = path, recipe, tokenizer, say
+        self.tokens, self.seconds = 0, 0.0
+        self.text: torch.Tensor | None = None
+        saved = json.loads(path.read_text()) if path.exists() else []
+        self.taken: dict[str, Measurement] = {name: Measurement.from_dict(values) for name, values in saved}
+
+    def add_training(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def take(self, name: str, model: Any) -> None:
+        """Measure `model` unless the recipe asks for nothing or an interrupted run has measured it already."""
+        config = self.recipe.evaluation
+        if config is None or name in self.taken:
+            return
+        self.say(f"measuring: {name}")
+        if self.text is None:
+            self.text = eval_tokens(config, self.tokenizer, self.recipe.data)
+        found = measure(model, self.tokenizer, config, token_ids=self.text, seq_len=self.recipe.data.seq_len)
+        found.tokens, found.seconds = self.tokens, self.seconds
+        self.taken[name] = found
+        if not is_main():
+            return
+        partial = self.path.with_suffix(".partial")
+        with disk_full(self.path.parent):
+            partial.write_text(json.dumps([(n, m.to_dict()) for n, m in self.taken.items()], indent=1))
+        os.replace(partial, self.path)

@@ -1,0 +1,122 @@
+"""Puts several conversions side by side: what each mixer added, what it keeps per layer, and its loss from step to
+step.
+
+`report(folders)` reads what `convert` left in each folder's `run`; nothing is measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import UserError, disk_full
+from linearize.evals.measure import Measurement
+from linearize.evals.table import NOTHING, case_name, grid, number, percent, union
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What one conversion left behind."""
+
+    name: str
+    """Name of its folder."""
+    facts: dict[str, Any]
+    """`run/plan.json`: see `facts_of`."""
+    points: dict[str, Measurement]
+    """Measurements by the point at which they were taken, in order."""
+
+
+def read_conversion(folder: str | Path) -> Conversion:
+    """Read what `convert` left in `folder/run`, of a finished or a running conversion.
+
+    Raises:
+        UserError: for a folder without plan or measurements.
+    """
+    run = Path(folder) / "run"
+    for name in ("plan.json", "measurements.json"):
+        if not (run / name).is_file():
+            raise UserError(
+                f"{folder} has no run/{name}; give folders that `linearize convert` wrote, with measurements"
+            )
+    points = json.loads((run / "measurements.json").read_text())
+    taken = {name: Measurement.from_dict(values) for name, values in points}
+    return Conversion(Path(folder).name, json.loads((run / "plan.json").read_text()), taken)
+
+
+def report(folders: Sequence[str | Path]) -> str:
+    """A Markdown table with a row per conversion, sorted as given.
+
+    Columns: parameters added, bytes of state per swapped layer, the loss at the first measured length after each step,
+    its gap to the teacher at the end at every length, the same with the linear branch off, and recall at the end.
+    """
+    found = [read_conversion(folder) for folder in folders]
+    steps = union(name for c in found for name in c.points if name != "teacher")
+    steps.sort(key=lambda name: max(list(c.points).index(name) for c in found if name in c.points))
+    lengths = union(point.length for c in found for m in c.points.values() for point in m.losses)
+    cases = union((score.facts, score.distance) for c in found for m in c.points.values() for score in m.recall)
+    first = lengths[0] if lengths else 0
+    header = ["", "mixer", "layers", "new parameters", "state KiB/layer"]
+    header += [f"loss {first} {step}" for step in steps]
+    header += [f"gap {length}" for length in lengths] + [f"gap {length}, linear off" for length in lengths]
+    header += [f"recall {case_name(case)}" for case in cases] + ["tokens"]
+    rows = [_row(c, steps, first, lengths, cases) for c in found]
+    return grid(header, rows) + _teachers(found, lengths, cases)
+
+
+def to_json(folders: Sequence[str | Path], path: str | Path) -> None:
+    """Write everything the table was made of."""
+    found = [read_conversion(folder) for folder in folders]
+    data = [{"name": c.name, **c.facts, "points": {name: m.to_dict() for name, m in c.points.items()}} for c in found]
+    with disk_full(Path(path).parent):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _row(c: Conversion, steps: list[str], first: int, lengths: list[int], cases: list[tuple[int, int]]) -> list[str]:
+    teacher, last = c.points.get("teacher"), list(c.points.values())[-1]
+    states = [size for size in c.facts["state_bytes"] if size]
+    row = [c.name, c.facts["mixer"], c.facts["layers"], f"{c.facts['new_parameters']:,}"]
+    row += [f"{sum(states) / len(states) / 1024:,.1f}" if states else NOTHING]
+    row += [number(c.points[step].loss(first)) if step in c.points else NOTHING for step in steps]
+
+    def gap(loss: float | None, length: int) -> str:
+        base = None if teacher is None else teacher.loss(length)
+        return NOTHING if loss is None or base is None else number(loss - base, sign="+")
+
+    row += [gap(last.loss(length), length) for length in lengths]
+    row += [gap(last.branch_loss("linear", length), length) for length in lengths]
+    return [*row, *(percent(last.recall_rate(*case)) for case in cases), f"{last.tokens:,}"]
+
+
+def _teachers(found: list[Conversion], lengths: list[int], cases: list[tuple[int, int]]) -> str:
+    """A line per distinct teacher."""
+    lines = []
+    for c in found:
+        teacher = c.points.get("teacher")
+        if teacher is None:
+            continue
+        told = [f"loss {length} {number(teacher.loss(length))}" for length in lengths]
+        told += [f"recall {case_name(case)} {percent(teacher.recall_rate(*case))}" for case in cases]
+        lines.append(f"Teacher {c.facts['source']}: {', '.join(told)}")
+    return "\n\n" + "\n\n".join(union(lines)) if lines else ""
+
+
+def facts_of(plan: Any) -> dict[str, Any]:
+    """What a report says of a `linearize.plan.Plan`, as plain data."""
+    return {
+        "source": Path(plan.source).name,
+        "family": plan.family,
+        "mixer": plan.mixer["type"],
+        "settings": plan.mixer,
+        "layers": "".join("S" if layer.mixer is None else "L" for layer in plan.layers),
+        "new_parameters": plan.new_parameters,
+        "source_parameters": plan.source_parameters,
+        "state_bytes": [layer.state_bytes for layer in plan.layers],
+        "kv_bytes_per_token": [layer.kv_bytes_per_token for layer in plan.layers],
+        "dtype": plan.dtype,
+        "tensors": [dataclasses.asdict(t) for t in next((x.new for x in plan.layers if x.mixer is not None), ())],
+    }
