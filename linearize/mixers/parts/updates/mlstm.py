@@ -16,7 +16,7 @@ import torch
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import PartConfig
 from linearize.mixers.parts.decays.base import Gate
-from linearize.mixers.parts.updates.base import HeadGate, Update, write_scaled
+from linearize.mixers.parts.updates.base import HeadGate, Operands, Update, write_scaled
 from linearize.ops.mlstm import mlstm
 
 
