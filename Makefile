@@ -27,6 +27,7 @@ lint-fix: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/build.py
+	$(BIN)/python docs/build_mixers.py
 
 install: $(STAMP)
 

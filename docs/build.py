@@ -24,7 +24,7 @@ from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import Mixer
 from linearize.mixers.composed import ComposedConfig
 from linearize.mixers.parts.base import Part
-from linearize.recipe import ALIASES, ExportConfig, ModelConfig, Recipe, available
+from linearize.recipe import ALIASES, ExportConfig, KeptConfig, ModelConfig, Recipe, available
 from linearize.registry import find, keys
 from linearize.schema import parse_count
 from linearize.stages.base import Stage
@@ -66,6 +66,7 @@ def render() -> str:
     parts += ["## Top level\n", _table(_model_rows(Recipe))]
     sections = {
         "model": ModelConfig,
+        "kept": KeptConfig,
         "data": DataConfig,
         "evaluation": EvalConfig,
         "init": InitConfig,

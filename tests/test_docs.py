@@ -1,24 +1,34 @@
 """The documentation is true: generated pages are fresh, commands parse, examples run, links work.
 
-The mixer of docs/adding_a_mixer.md is written to a module and used as a reader would use it.
+The mixer and the part of docs/adding_a_mixer.md are written to modules and used as a reader would use them; so is the
+recipe of docs/mixers.md.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from ops.op_cases import CASES
 
 from linearize.cli.main import Parser
 from linearize.errors import UserError
+from linearize.mixers.base import HeadShape, Mixer, config_from_dict
+from linearize.mixers.parts.base import Calibration, Part
+from linearize.pipeline import plan_of, swap
 from linearize.plan import make_plan
-from linearize.recipe import Recipe
+from linearize.recipe import Recipe, available
+from linearize.registry import find, keys
+from linearize.testing import check_mixer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,12 +47,57 @@ COMMANDS = [
 ]
 
 
-def test_the_recipe_reference_is_fresh() -> None:
-    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec and spec.loader
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_reference_is_fresh() -> None:
+    build = script("build")
     assert build.PAGE.read_text() == build.render(), "docs/recipes.md is stale: run `make docs`"
+
+
+def test_the_tables_of_mixers_are_fresh_and_complete() -> None:
+    build = script("build_mixers")
+    page = build.PAGE.read_text()
+    assert page == build.render(page), "docs/mixers.md is stale: run `make docs`"
+    for key in keys("mixers"):
+        if key == "composed":
+            continue
+        assert page.count(f"| `{key}` |") >= 3  # catalogue, parts, states
+        assert {f"demo/{key}", f"default/{key}"} <= available().keys()
+        paper, what, trap = build.story(find("mixers", key, Mixer))
+        assert "arxiv.org" in paper, f"the docstring of {key}.py names no arXiv id"
+        assert what and trap != "–", f"the docstring of {key}.py names no trap (`Traps: ...`)"
+
+
+def test_every_mixer_is_in_the_readme_and_calibrated_as_told() -> None:
+    readme = (ROOT / "README.md").read_text()
+    declared = {"lolcats", "hedgehog", "liger"}
+    for key in keys("mixers"):
+        assert f"`{key}`" in readme
+        if key != "composed":  # docs/mixers.md says which recipes calibrate
+            expected = "declared" if key in declared else "calibrated"
+            assert Recipe.load(f"demo/{key}", "demo").init.type == expected
+
+
+def test_state_formulas_count_the_numbers_of_a_state() -> None:
+    build = script("build_mixers")
+    sizes = dict(list(build.SYMBOLS.items())[:4])
+    for key, mixer in build.presets():
+        formula = build.formula(mixer)
+        product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula.replace(",", ""))
+        counted = sum(torch.Size(shape).numel() for shape in build.state_shapes(mixer))
+        assert eval(product, {}, sizes) == counted, f"{key}: {formula}"
+
+
+def test_every_recurrence_is_in_the_table() -> None:
+    build, tested = script("build_mixers"), {case.recurrence.name for case in CASES}
+    assert {op.name for op in build.recurrences().values()} == tested
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
@@ -54,7 +109,7 @@ def test_commands_in_the_documentation_parse(page: str, line: str, decay: Any) -
     parsed = parser.parse_intermixed_args(arguments)
     if name in ("convert", "plan"):
         recipe = Recipe.load(parsed.recipe, parsed.model, parsed.overrides)
-        assert recipe.stages
+        assert bool(recipe.stages) != ("stages=[]" in parsed.overrides)
 
 
 def test_the_parsing_test_can_fail() -> None:
@@ -64,33 +119,71 @@ def test_the_parsing_test_can_fail() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_length(page: Path) -> None:
+def test_links(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/adding_a_mixer.md", "docs/concepts.md", "docs/mixers.md"])
+def test_lines_are_short(page: str) -> None:
+    lines = (ROOT / page).read_text().splitlines()
+    assert not [line for line in lines if len(line) > 125 and not line.startswith("|")]
+
+
 @pytest.fixture
 def decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The mixer of docs/adding_a_mixer.md, as the module `my_mixers`."""
-    code = blocks(ROOT / "docs" / "adding_a_mixer.md", "python")[0]
-    (tmp_path / "my_mixers.py").write_text(code)
+    """The mixer of docs/adding_a_mixer.md as the module `my_mixers`, in a current folder that also holds its part as
+    `my_parts` and the recipe of docs/mixers.md.
+    """
+    mixer, _, part, _ = blocks(ROOT / "docs" / "adding_a_mixer.md", "python")
+    (tmp_path / "my_mixers.py").write_text(mixer)
+    (tmp_path / "my_parts.py").write_text(part)
+    (tmp_path / "mine.yaml").write_text(blocks(ROOT / "docs" / "mixers.md", "yaml")[0])
+    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(importlib.sys.modules, "my_mixers", raising=False)  # type: ignore[attr-defined]
+    for name in ("my_mixers", "my_parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("my_mixers")
 
 
-def test_the_example_mixer_keeps_the_contract(decay: Any) -> None:
-    _, check = blocks(ROOT / "docs" / "adding_a_mixer.md", "python")
-    exec(compile(check, "adding_a_mixer.md", "exec"), {})
+def test_the_example_mixer_and_part_keep_the_contract(decay: Any) -> None:
+    _, mixer, _, part = blocks(ROOT / "docs" / "adding_a_mixer.md", "python")
+    for code in (mixer, part):
+        exec(compile(code, "adding_a_mixer.md", "exec"), {})
+
+
+def test_the_broken_example_is_told_as_the_page_says(decay: Any, tmp_path: Path) -> None:
+    code = (tmp_path / "my_mixers.py").read_text()
+    (tmp_path / "my_mixers.py").write_text(code.replace("mask=ctx.mask, ", ""))
+    importlib.reload(decay)
+    with pytest.raises(AssertionError) as caught:
+        check_mixer("my_mixers:Decay", {"first_decay": 0.98})
+    (shown,) = blocks(ROOT / "docs" / "adding_a_mixer.md", "text")
+    assert f"AssertionError: {caught.value}" == " ".join(shown.split())
+
+
+def test_the_example_part_calibrates(decay: Any) -> None:
+    settings = yaml.safe_load(blocks(ROOT / "docs" / "adding_a_mixer.md", "yaml")[1])["mixer"]
+    mixer = find("mixers", settings.pop("type"), Mixer)
+    config = config_from_dict(mixer.Config, settings, lambda package, key: find(package, key, Part))
+    module = mixer(config, HeadShape(4, 2, 8, 8, 32, 1.0))
+    module.initialise("mixer", seed=0)
+    lives = [math.log(2) / float(b.sigmoid()) for b in module.decay.bias.detach()]
+    assert lives == pytest.approx([8 * 32 ** (h / 3) for h in range(4)], rel=1e-4)
+    module.calibrate(Calibration(torch.tensor([2.0, 5.0, 50.0, 900.0]), torch.zeros(4)))
+    lives = [math.log(2) / float(b.sigmoid()) for b in module.decay.bias.detach()]
+    assert lives == pytest.approx([2.0, 5.0, 50.0, 900.0], rel=1e-4)
+
+
+def test_the_example_recipe_makes_the_plan_that_is_shown(decay: Any) -> None:
+    plan = str(plan_of(Recipe.load("mine.yaml", "demo")))
+    shown = blocks(ROOT / "docs" / "mixers.md", "text")[1]
+    assert plan[plan.index("layers ") :].startswith(shown)
 
 
 def test_the_example_mixer_converts_and_generates(decay: Any, pico_model: Any) -> None:
-    import torch
-
-    from linearize.pipeline import swap
-
-    (settings,) = blocks(ROOT / "docs" / "adding_a_mixer.md", "yaml")
+    settings = blocks(ROOT / "docs" / "adding_a_mixer.md", "yaml")[0]
     mixer = yaml.safe_load(settings)["mixer"]
     recipe = Recipe.load("lolcats", "demo", [f"mixer={mixer}", "layers=LSL", "model.dtype=float32"])
     model = pico_model()

@@ -17,13 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from linearize import registry
 from linearize.hf.auto import find_class
-from linearize.mixers.base import Context, HeadShape, Mixer, State, config_from_dict
+from linearize.mixers.base import Mixer, State, config_from_dict
 from linearize.mixers.composed import ComposedConfig
 from linearize.mixers.parts.base import Part
-
-HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, HIDDEN = 4, 2, 8, 6, 12
-
-Tensors = list[torch.Tensor]
+from linearize.testing.calls import KV_HEADS, inputs, new_mixer, run
 
 
 def switches(config: type) -> Iterator[dict[str, Any]]:
@@ -75,15 +72,7 @@ class Case:
         """The mixer, initialised and then moved away from its symmetric first values; the same on every call."""
         cls = self.mixer_class
         config = config_from_dict(cls.Config, {**self.settings, **changes}, find_class)
-        try:
-            mixer = cls(config, HeadShape(HEADS, kv_heads, KEY_DIM, VALUE_DIM, HIDDEN, scale=0.4))
-        except ValueError:  # a few need keys and values of one size; `run` pads the values for them
-            mixer = cls(config, HeadShape(HEADS, kv_heads, KEY_DIM, KEY_DIM, HIDDEN, scale=0.4))
-        mixer.initialise("mixer", seed=0)
-        noise = torch.Generator().manual_seed(1)
-        for parameter in mixer.parameters():
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=noise)
-        return mixer.to(dtype)
+        return new_mixer(cls, config, kv_heads=kv_heads, dtype=dtype)
 
 
 def parts(config: type) -> Iterator[dict[str, Any]]:
@@ -132,61 +121,9 @@ def find_cases() -> list[Case]:
     return [case for case in unique.values() if case.key != "composed" or is_possible(case)]
 
 
-def inputs(B: int, T: int, *, kv_heads: int = KV_HEADS, seed: int = 0) -> Tensors:
-    """q [B, T, Hq, K], k [B, T, Hkv, K], v [B, T, Hkv, V], x [B, T, C]."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [(HEADS, KEY_DIM), (kv_heads, KEY_DIM), (kv_heads, VALUE_DIM), (HIDDEN,)]
-    return [torch.randn(B, T, *size, generator=generator) for size in sizes]
-
-
-def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [B, T, H, K] at positions [B or 1, T], angles in float64 whatever the dtype of x."""
-    half = x.shape[-1] // 2
-    angles = positions.double()[..., None, None] * 100.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def run(
-    mixer: Mixer,
-    given: Tensors,
-    state: State | None = None,
-    *,
-    start: int = 0,
-    positions: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, State]:
-    """One call of the mixer on tokens whose positions are given or count from `start`."""
-    where = start + torch.arange(given[0].shape[1])[None] if positions is None else positions
-
-    def rotary(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotate(q, where), rotate(k, where)
-
-    q, k, v, x = given
-    v = torch.nn.functional.pad(v, (0, mixer.shape.value_dim - v.shape[-1]))
-    return mixer(q, k, v, x, Context(rotary, mask, documents), state)
-
-
-def run_pieces(mixer: Mixer, given: Tensors, lengths: list[int]) -> tuple[torch.Tensor, State]:
-    """The same tokens in pieces, each with the state of the last."""
-    outputs, state, start = [], None, 0
-    for length in lengths:
-        y, state = run(mixer, [x[:, start : start + length] for x in given], state, start=start)
-        outputs.append(y)
-        start += length
-    assert state is not None and start == given[0].shape[1]
-    return torch.cat(outputs, dim=1), state
-
-
 def assert_same_state(state: State, expected: State, tolerance: float) -> None:
     assert state.keys() == expected.keys()
     assert_close(tree_leaves(state), tree_leaves(expected), tolerance)
-
-
-def nbytes(state: State) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state))
 
 
 CASES = find_cases()

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixer_cases import HEADS, KV_HEADS, Case, inputs, rotate, run
+from mixer_cases import Case
 from ops.op_cases import assert_close
 
 from linearize.mixers.base import branch_off
+from linearize.testing.calls import HEADS, KV_HEADS, inputs, rotate, run
 
 SCALE = 0.4  # of the scores, as `Case.mixer` has it
 

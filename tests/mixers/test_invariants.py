@@ -2,23 +2,13 @@
 
 import pytest
 import torch
-from mixer_cases import (
-    CASES,
-    HEADS,
-    KV_HEADS,
-    Case,
-    Tensors,
-    assert_same_state,
-    inputs,
-    nbytes,
-    run,
-    run_pieces,
-)
+from mixer_cases import CASES, Case, assert_same_state
 from ops.op_cases import as_leaves, assert_close, document_rows, random_splits, right_padding
 from safetensors.torch import load, save
 from torch.utils._pytree import tree_leaves
 
 from linearize.mixers.base import State, branch_off, branches_of
+from linearize.testing.calls import HEADS, KV_HEADS, Tensors, inputs, nbytes, run, run_pieces
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
