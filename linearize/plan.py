@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from linearize.errors import UserError
 from linearize.families.base import Family
+from linearize.kept import AS_IN_SOURCE, Kept
 from linearize.mixers.base import Context, HeadShape, Mixer
 from linearize.recipe import Recipe, mixer_config
 from linearize.registry import find
@@ -58,10 +59,12 @@ class Plan:
     source_parameters: int
     concerns: tuple[str, ...]
     dtype: str
+    kept: Kept = AS_IN_SOURCE
 
     def description(self) -> dict[str, Any]:
         """What the checkpoint's config stores: see `linearize.swap.mixer_specs`."""
-        return {"mixers": [self.mixer], "layers": [None if x.mixer is None else 0 for x in self.layers]}
+        described = {"mixers": [self.mixer], "layers": [None if x.mixer is None else 0 for x in self.layers]}
+        return described if self.kept == AS_IN_SOURCE else {**described, "kept": dataclasses.asdict(self.kept)}
 
     @property
     def new_parameters(self) -> int:
@@ -79,6 +82,7 @@ class Plan:
             f"mixer       {_written(self.mixer)}",
             f"layers      {len(swapped)} of {len(self.layers)} swapped: "
             + "".join("S" if layer.mixer is None else "L" for layer in self.layers),
+            *([] if self.kept == AS_IN_SOURCE else [f"kept        {self.kept}"]),
             f"new         {self.new_parameters / 1e6:,.3f}M parameters; every tensor of the source keeps its name",
         ]
         if swapped:
@@ -124,9 +128,10 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
     dtype = _dtype(recipe.model.dtype, config)
     layers = []
     with torch.device("meta"):
-        names = list(family.attentions(family.model_class(config)))
-        source_parameters = sum(p.numel() for p in family.model_class(config).parameters())
-    for index, module in enumerate(names):
+        skeleton = family.model_class(config)
+    source_parameters = sum(p.numel() for p in skeleton.parameters())
+    kept = _kept(recipe, family, skeleton, chosen)
+    for index, module in enumerate(family.attentions(skeleton)):
         shape = family.shape(config, index)
         kv = shape.kv_heads * (shape.key_dim + shape.value_dim) * dtype.itemsize
         if index not in chosen:
@@ -149,6 +154,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         source_parameters=source_parameters,
         concerns=tuple(family.concerns(config)),
         dtype=str(dtype).removeprefix("torch."),
+        kept=kept,
     )
 
 
@@ -183,6 +189,24 @@ def choose_layers(layers: str | list[int], depth: int) -> set[int]:
     if not chosen:
         raise UserError(f"layers: {layers!r} swaps no layer; put an L in the pattern, or use 'all'")
     return chosen
+
+
+def _kept(recipe: Recipe, family: type[Family], model: Any, chosen: set[int]) -> Kept:
+    """What the recipe's `kept` section asks for, where it can be had."""
+    kept, attentions = Kept(**recipe.kept.model_dump()), family.attentions(model)
+    if kept == AS_IN_SOURCE:
+        return kept
+    if len(chosen) == len(attentions):
+        raise UserError(
+            f"kept ({kept}) changes layers that keep their softmax attention, but layers: {recipe.layers!r} keeps "
+            "none; keep some with a pattern such as LLLS, or leave kept out"
+        )
+    if kept.log_scale is not None and any(family.query_module(attn) is None for attn in attentions.values()):
+        raise UserError(
+            f"kept.log_scale: {kept.log_scale} cannot be had on a {model.config.model_type} model, which has no module "
+            "that makes queries alone; leave it null"
+        )
+    return kept
 
 
 def state_bytes(mixer: Mixer, shape: HeadShape, dtype: torch.dtype) -> int:

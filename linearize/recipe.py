@@ -10,7 +10,7 @@ import dataclasses
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
@@ -22,7 +22,7 @@ from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import Mixer, config_from_dict
 from linearize.mixers.parts.base import Part
 from linearize.registry import find
-from linearize.schema import Strict, user_error
+from linearize.schema import Count, Strict, user_error
 from linearize.stages.base import Stage
 
 ALIASES = {
@@ -60,6 +60,17 @@ class ModelConfig(Strict):
     device: str = Field("auto", description="auto takes a GPU when there is one.")
 
 
+class KeptConfig(Strict):
+    """How the layers that keep their softmax attention see positions; by default as in the source."""
+
+    rope: bool = Field(True, description="Whether they rotate queries and keys; false leaves order to the mixers.")
+    log_scale: Annotated[Count, Field(gt=1)] | None = Field(
+        None,
+        description="Tokens L, such as `data.seq_len`, beyond which the logits of token t (from 1) are multiplied by "
+        "log t / log L; null for never.",
+    )
+
+
 class ExportConfig(Strict):
     """How the result is written."""
 
@@ -76,6 +87,9 @@ class Recipe(Strict):
         "all",
         description="Layers to swap: all, a pattern of L (linear) and S (softmax, kept) repeated over the depth, or "
         "a list of layer numbers from 0.",
+    )
+    kept: KeptConfig = Field(
+        default_factory=KeptConfig, description="How the layers that keep their softmax attention see positions."
     )
     mixer: dict[str, Any] = Field(description="`type` names the mixer; the other keys are its own settings.")
     data: DataConfig = Field(description="Training text.")
@@ -318,6 +332,7 @@ def _readable(error: ValidationError) -> UserError:
         "evaluation": EvalConfig,
         "export": ExportConfig,
         "init": InitConfig,
+        "kept": KeptConfig,
     }
     place = error.errors()[0]["loc"]
     section = sections.get(str(place[0]) if len(place) > 1 else "", Recipe)

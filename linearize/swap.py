@@ -2,7 +2,7 @@
 
 A swapped attention module stays the family's own class, extended: its projections keep their names, everything new
 lives under `.mixer`, and the source model's softmax path is still there behind `teacher_path`. Every tensor of the
-source checkpoint therefore keeps its name.
+source checkpoint therefore keeps its name. Layers that keep their softmax are touched only where `Kept` asks for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from linearize.families.base import Family
 from linearize.hf.cache import state_layer
+from linearize.kept import AS_IN_SOURCE, Kept, KeptAttention, QueryScale
 from linearize.mixers.base import Context, Find, Mixer, State, config_from_dict
 
 
@@ -33,11 +34,15 @@ class Batch:
     inverse: torch.Tensor | None
     """[B, T] gather index that undoes `order`."""
 
+    @property
+    def real(self) -> torch.Tensor | None:
+        """[B, T] bool, which tokens are real where the batch has them, or None for all."""
+        return self.mask if self.mask is None or self.inverse is None else self.mask.gather(1, self.inverse)
+
     def head(self, tokens: int) -> Batch:
         """The same for the first `tokens` columns alone."""
-        if self.mask is not None:
-            mask = self.mask if self.inverse is None else self.mask.gather(1, self.inverse)
-            return _padded(mask[:, :tokens])
+        if self.real is not None:
+            return _padded(self.real[:, :tokens])
         return Batch(None, None if self.documents is None else self.documents[:, :tokens], None, None)
 
 
@@ -102,8 +107,8 @@ class SwappedAttention(nn.Module):
         cos, sin = position_embeddings
         if batch.order is not None:
             order = batch.order
-            q, k, v, x = (_reorder(t, order) for t in (q, k, v, hidden_states))
-            cos, sin = (_reorder(t.expand(order.shape[0], -1, -1), order) for t in (cos, sin))
+            q, k, v, x = (reordered(t, order) for t in (q, k, v, hidden_states))
+            cos, sin = (reordered(t.expand(order.shape[0], -1, -1), order) for t in (cos, sin))
         else:
             x = hidden_states
 
@@ -111,7 +116,7 @@ class SwappedAttention(nn.Module):
             return self.family.rotate(q, k, cos, sin)
 
         y, state = self.mixer(q, k, v, x, Context(rotary, batch.mask, batch.documents), state)
-        return (y if batch.inverse is None else _reorder(y, batch.inverse)), state
+        return (y if batch.inverse is None else reordered(y, batch.inverse)), state
 
     def forward(
         self,
@@ -144,7 +149,8 @@ class SwappedAttention(nn.Module):
         return self.family.output_projection(self)(y.flatten(-2).to(hidden_states.dtype)), None
 
 
-def _reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def reordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x [B, T, ...] with its tokens in the order of the index [B, T]."""
     index = order.view(*order.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
 
@@ -153,31 +159,39 @@ def swap_layers(
     model: nn.Module,
     family: type[Family],
     specs: Sequence[tuple[type[Mixer], Any] | None],
+    kept: Kept = AS_IN_SOURCE,
 ) -> None:
-    """Replace the attention of each layer that has a spec (mixer class, config); None keeps the layer as it is.
+    """Replace the attention of each layer that has a spec (mixer class, config); None keeps it, changed as `kept` says.
 
     New parameters are left uninitialised: they are either filled by `Mixer.initialise` or loaded.
     """
     for layer, (spec, attn) in enumerate(zip(specs, family.attentions(model).values(), strict=True)):
+        if spec is None and kept == AS_IN_SOURCE:
+            continue
+        assert type(attn) is family.attention_class, f"layer {layer} is already swapped: {type(attn)}"
+        attn.teacher = False  # type: ignore[assignment]
         if spec is None:
+            scale = None if kept.log_scale is None else QueryScale(attn, family)
+            attn.kept, attn.query_scale = kept, scale  # type: ignore[assignment]
+            attn.__class__ = _extended(KeptAttention, "Kept", family)
             continue
         mixer_class, config = spec
-        assert type(attn) is family.attention_class, f"layer {layer} is already swapped: {type(attn)}"
         attn.mixer = mixer_class(config, family.shape(model.config, layer))
-        attn.family, attn.teacher = family, False  # type: ignore[assignment]
-        attn.__class__ = _swapped_class(family)
+        attn.family = family  # type: ignore[assignment]
+        attn.__class__ = _extended(SwappedAttention, "Linearized", family)
     if any(spec is not None for spec in specs):
         family.base_model(model).register_forward_pre_hook(_attach_batch, with_kwargs=True)
 
 
-_SWAPPED: dict[type, type] = {}
+_EXTENDED: dict[tuple[type, type], type] = {}
 
 
-def _swapped_class(family: type[Family]) -> type:
+def _extended(front: type, prefix: str, family: type[Family]) -> type:
+    """The family's attention class with `front` before it."""
     attention = family.attention_class
-    if attention not in _SWAPPED:
-        _SWAPPED[attention] = type(f"Linearized{attention.__name__}", (SwappedAttention, attention), {})
-    return _SWAPPED[attention]
+    if (front, attention) not in _EXTENDED:
+        _EXTENDED[front, attention] = type(f"{prefix}{attention.__name__}", (front, attention), {})
+    return _EXTENDED[front, attention]
 
 
 def _attach_batch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -197,8 +211,10 @@ def swapped(model: nn.Module) -> dict[str, SwappedAttention]:
 
 @contextmanager
 def teacher_path(model: nn.Module) -> Iterator[None]:
-    """Inside the context every swapped layer runs the source model's softmax attention instead of its mixer."""
-    layers = list(swapped(model).values())
+    """Inside the context every swapped layer runs the source model's softmax attention instead of its mixer, and every
+    kept layer the source's.
+    """
+    layers = [m for m in model.modules() if isinstance(m, SwappedAttention | KeptAttention)]
     before = [layer.teacher for layer in layers]
     for layer in layers:
         layer.teacher = True
@@ -213,7 +229,8 @@ def mixer_specs(description: Mapping[str, Any], find: Find) -> list[tuple[type[M
     """Read what a checkpoint's config says about its layers.
 
     Args:
-        description: `{"mixers": [{"type": key, ...settings}], "layers": [index into mixers, or None]}`.
+        description: `{"mixers": [{"type": key, ...settings}], "layers": [index into mixers, or None]}`; where kept
+            layers are changed also `"kept"`, the fields of `linearize.kept.Kept`.
         find: (package, key) -> class of a mixer or of one of its parts.
     """
     built = []

@@ -50,6 +50,14 @@ class Family:
         raise NotImplementedError
 
     @staticmethod
+    def query_module(attn: Any) -> nn.Module | None:
+        """The last module that makes queries before they are rotated, whose output [B, T, ...] is the queries alone: a
+        q-norm where there is one, else the projection. None where there is no such module, as with a fused projection:
+        kept layers can then not scale their logits.
+        """
+        return None
+
+    @staticmethod
     def output_projection(attn: Any) -> nn.Module:
         """The module that maps concatenated heads [B, T, Hq * V] back to [B, T, C]."""
         raise NotImplementedError

@@ -46,6 +46,10 @@ class Llama(Family):
         return attn.q_proj(x).view(heads), attn.k_proj(x).view(heads), attn.v_proj(x).view(heads)
 
     @staticmethod
+    def query_module(attn: Any) -> nn.Module:
+        return attn.q_proj
+
+    @staticmethod
     def output_projection(attn: Any) -> nn.Module:
         return attn.o_proj
 

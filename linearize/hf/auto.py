@@ -19,6 +19,7 @@ from linearize import registry
 from linearize.families.base import Family
 from linearize.hf.bundle import auto_map, bundle
 from linearize.hf.modeling import build_classes
+from linearize.kept import kept_of
 from linearize.mixers.base import Mixer
 from linearize.mixers.parts.base import Part
 from linearize.swap import mixer_specs, swap_layers, swapped
@@ -113,7 +114,7 @@ def linearized(model: Any, model_type: str, description: Mapping[str, Any]) -> A
     model.__class__ = model_class
     model.config.__class__ = config_class
     model.config.linearize = dict(description)
-    swap_layers(model, family, specs)
+    swap_layers(model, family, specs, kept_of(description))
     for attn in swapped(model).values():
         out: Any = family.output_projection(attn)
         attn.mixer.to(device=out.weight.device, dtype=model.dtype)
