@@ -85,6 +85,14 @@ def from_chunks(x: torch.Tensor, length: int) -> torch.Tensor:
     return x.flatten(2, 3)[:, :, :length].transpose(1, 2).contiguous()
 
 
+def shifted(x: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
+    """`[B, length, ...]`: x `[B, T, ...]` read from the index first `[B]` on, zeros outside it."""
+    index = torch.arange(length, device=x.device) + first[:, None]
+    inside = (index >= 0) & (index < x.shape[1])
+    taken = x[torch.arange(x.shape[0], device=x.device)[:, None], index.clamp(0, x.shape[1] - 1)]
+    return torch.where(inside.reshape(*inside.shape, *[1] * (x.dim() - 2)), taken, 0)
+
+
 def carry(
     updates: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from linearize.ops.gla import GLA
-from linearize.ops.layout import fit_chunk
+from linearize.ops.layout import fit_chunk, working_dtype
 from linearize.ops.recurrence import Gate, Recurrence, run
 from linearize.ops.simple_gla import SIMPLE_GLA, obstacle
 
@@ -116,4 +116,5 @@ def linear_attention(
         chunk_size=chunk_size,
         backend=backend,
     )
-    return num.to(den.dtype), den, state
+    exact = working_dtype(num, den)  # a kernel returns both in its inputs' dtype
+    return num.to(exact), den.to(exact), state

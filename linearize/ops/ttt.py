@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from linearize.ops.layout import expand_heads, from_chunks, to_chunks
+from linearize.ops.layout import expand_heads, from_chunks, shifted, to_chunks
 from linearize.ops.recurrence import Recurrence, run
 
 State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -95,14 +95,6 @@ def _settle(full: torch.Tensor, old: Pair, new: Pair, steps: Pair) -> tuple[Pair
     )
 
 
-def _shifted(x: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
-    """`[B, length, ...]`: x `[B, T, ...]` read from the index first `[B]` on, zeros outside it."""
-    index = torch.arange(length, device=x.device) + first[:, None]
-    inside = (index >= 0) & (index < x.shape[1])
-    taken = x[torch.arange(x.shape[0], device=x.device)[:, None], index.clamp(0, x.shape[1] - 1)]
-    return torch.where(inside.reshape(*inside.shape, *[1] * (x.dim() - 2)), taken, 0)
-
-
 def chunk(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -124,7 +116,7 @@ def chunk(
     W, b, dW, db, count = inner.start(q, state)
     inputs = [q, k, v, eta, gain]
     if state is not None:
-        inputs = [_shifted(x, -count, T + size - 1) for x in inputs]
+        inputs = [shifted(x, -count, T + size - 1) for x in inputs]
     total = count + present[..., 0].long().sum(1)
     q, k, v, eta, gain = (to_chunks(x, size) for x in inputs)
     eta, gain = eta.unsqueeze(-1), gain.unsqueeze(-1)
@@ -142,7 +134,7 @@ def chunk(
         new = W - last.unsqueeze(-1) * dW, b - last * db
         (W, b), (dW, db) = _settle((n + 1) * size <= total, (W, b), new, (dW, db))
     out = from_chunks(torch.stack(outs, dim=2), len(outs) * size)
-    out = out[:, :T] if state is None else _shifted(out, count, T)
+    out = out[:, :T] if state is None else shifted(out, count, T)
     return out, (W, b, dW, db, total % size)
 
 

@@ -14,7 +14,7 @@ from linearize.ops.documents import positions
 from linearize.ops.layout import check_inputs, expand_heads, working_dtype, zero_padding
 from linearize.ops.window_state import State, advance, check_state, init_state, leaving
 
-__all__ = ["State", "init_state", "leaving", "naive", "window_attention"]
+__all__ = ["State", "attend", "init_state", "leaving", "naive", "window_attention"]
 
 
 def naive(
@@ -87,7 +87,7 @@ def _visible(
     return ((age >= 0) & (age < window) & seen) | (age == 0)
 
 
-def _attend(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -129,7 +129,7 @@ def _sink_columns(
     start: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sink argument of `_attend`: sinks are extra keys, seen once they have left the query's window.
+    """The sink argument of `attend`: sinks are extra keys, seen once they have left the query's window.
 
     position `[B, T]` counts from the start of the stream, or of the document when start `[B, T]` is given.
     """
@@ -226,7 +226,7 @@ def window_attention(
         # One query head of each group at a time: k and v are never copied per query head, and every product
         # has the shape it has with expanded heads, so both give the same bits.
         groups = _blocks(q, block).transpose(2, 3).unflatten(2, (kv_heads, heads // kv_heads)).unbind(3)
-        parts = zip(*(_attend(q_group, k_band, v_band, visible, sink) for q_group in groups), strict=True)
+        parts = zip(*(attend(q_group, k_band, v_band, visible, sink) for q_group in groups), strict=True)
         out, lse, top = (torch.stack(part, dim=3).flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :T] for part in parts)
         out = out.to(out_dtype)
         return (out, lse, top, after) if return_max else (out, lse, after)
