@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import linearize
 from linearize import pipeline
 from linearize.errors import UserError
+from linearize.evals.measure import eval_tokens, measure
 from linearize.hf.load import load
 from linearize.pipeline import convert, plan_of
 from linearize.recipe import Recipe
@@ -98,8 +99,8 @@ def test_the_teacher_point_is_the_source_model(source: Path) -> None:
     out = convert(recipe, source / "out", say=quiet)
     points = dict(json.loads((out / "run" / "measurements.json").read_text()))
     model, tokenizer = load(source / "source")
-    text = pipeline.eval_tokens(recipe.evaluation, tokenizer, recipe.data)
-    expected = pipeline.measure(model, tokenizer, recipe.evaluation, token_ids=text, seq_len=32)
+    text = eval_tokens(recipe.evaluation, tokenizer, recipe.data)
+    expected = measure(model, tokenizer, recipe.evaluation, token_ids=text, seq_len=32)
     assert points["teacher"]["losses"][0]["loss"] == pytest.approx(expected.losses[0].loss, rel=1e-6)
     assert points["untrained"]["losses"][0]["loss"] != pytest.approx(expected.losses[0].loss, rel=1e-6)
 
@@ -134,7 +135,7 @@ def test_a_finished_conversion_resumes_without_training_or_measuring(
         raise AssertionError("not again")
 
     monkeypatch.setattr("linearize.stages.base.train", forbidden)
-    monkeypatch.setattr(pipeline, "measure", forbidden)
+    monkeypatch.setattr("linearize.evals.points.measure", forbidden)
     convert(recipe, out, resume=True, say=quiet)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items())
     assert (out / "run" / "measurements.json").read_text() == points
@@ -204,7 +205,7 @@ def test_the_plan_leaves_no_trace_on_the_configuration(source: Path) -> None:
 def test_missing_training_text_is_reported_before_anything_is_measured(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "measure", lambda *args, **options: pytest.fail("measured"))
+    monkeypatch.setattr("linearize.evals.points.measure", lambda *args, **options: pytest.fail("measured"))
     data = {"source": str(source / "absent.jsonl"), "seq_len": 32}
     with pytest.raises(UserError, match="absent.jsonl"):
         convert(make_recipe(source, data=data, evaluation={**EVALUATION, "text": "demo"}), source / "out", say=quiet)

@@ -19,7 +19,7 @@ from linearize.families.base import Family
 from linearize.mixers.parts.base import Calibration
 from linearize.ops.layout import expand_heads
 from linearize.schema import Count, Strict
-from linearize.swap import Batch, SwappedAttention, swapped, teacher_path
+from linearize.swap import Batch, SwappedAttention, reordered, swapped, teacher_path
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -47,18 +47,18 @@ def calibrate(model: Any, family: type[Family], batches: Sequence[Inputs]) -> di
         What was measured, by the full name of the attention module.
     """
     layers = swapped(model)
-    distances: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    entropies: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    sums: dict[str, torch.Tensor] = {}
+    tokens = dict.fromkeys(layers, 0)
 
     def measure(name: str, attn: SwappedAttention, x: torch.Tensor, given: dict[str, Any], _: torch.Tensor) -> None:
-        distance, entropy = attention_statistics(attn, x, given["position_embeddings"], given["linearize_batch"])
-        distances[name].append(distance)
-        entropies[name].append(entropy)
+        batch: Batch = given["linearize_batch"]
+        count = x.shape[:2].numel() if batch.mask is None else int(batch.mask.sum())
+        means = torch.stack(attention_statistics(attn, x, given["position_embeddings"], batch))
+        sums[name] = sums.get(name, 0) + means * count
+        tokens[name] += count
 
     watch(model, family, batches, measure)
-    found = {
-        name: Calibration(torch.stack(distances[name]).mean(0), torch.stack(entropies[name]).mean(0)) for name in layers
-    }
+    found = {name: Calibration(*(sums[name] / tokens[name])) for name in layers}
     for name, attn in layers.items():
         attn.mixer.calibrate(found[name])
     match_outputs(model, family, batches)
@@ -83,9 +83,12 @@ def match_outputs(model: Any, family: type[Family], batches: Sequence[Inputs]) -
             scale.fill_(value)
             y, _ = attn.heads(x, given["position_embeddings"], given["linearize_batch"])
             outputs.append(y.double())
+        teacher, real = heads.view_as(outputs[0]).double(), given["linearize_batch"].real
         without, direction = outputs[0], outputs[1] - outputs[0]
-        teacher = heads.view_as(without).double()
-        found = [((teacher - without) * direction).sum((0, 1, 3)), direction.square().sum((0, 1, 3))]
+        if real is not None:
+            teacher, without, direction = teacher[real], without[real], direction[real]  # [tokens, Hq, V]
+        per_head = [d for d in range(teacher.ndim) if d != teacher.ndim - 2]
+        found = [((teacher - without) * direction).sum(per_head), direction.square().sum(per_head)]
         sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
 
     watch(model, family, batches, collect)
@@ -126,11 +129,13 @@ def attention_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean distance and mean normalised entropy of softmax attention, both [Hq], from a layer's input x [B, T, C].
 
-    Queries are taken in blocks, so memory is that of B x Hq x 256 x T weights. Documents are told apart; padding, which
-    comes last in a row, is left out.
+    Queries are taken in blocks, so memory is that of B x Hq x 256 x T weights. Documents are told apart, and padding is
+    left out, wherever it is.
     """
     q, k, _ = attn.family.project(attn, x)
     q, k = attn.family.rotate(q, k, *position_embeddings)
+    if batch.order is not None:
+        q, k = reordered(q, batch.order), reordered(k, batch.order)
     q, k = q.float(), expand_heads(k, q.shape[2]).float()
     rows, tokens, heads = q.shape[:3]
     place = torch.arange(tokens, device=x.device)

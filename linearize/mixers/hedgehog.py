@@ -3,7 +3,9 @@
     y_t = sum_{i<=t} phi(q_t).phi(k_i) v_i / sum_{i<=t} phi(q_t).phi(k_i)
 
 Zhang et al. 2024, "The Hedgehog & the Porcupine" (arXiv:2402.04347), equations 4 to 6; maps per query head, applied
-after the rotary embedding, untied for queries and keys. Train them with attention-weight cross-entropy.
+after the rotary embedding, untied for queries and keys.
+
+Traps: the paper trains the maps on attention weights by cross-entropy, not on outputs.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ not. Both z come from the layer's input through projections of low rank whose se
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,8 @@ class Refining(GatedDecay):
     def forward(self, x: torch.Tensor, k: torch.Tensor) -> Gate:
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         z = torch.einsum("bter,ehfr->ebthf", torch.einsum("btc,erc->bter", x, down), up).to(working_dtype(x))
-        first, refine = z[0] + self.bias, (z[1] + self.refine_bias).sigmoid()
-        # the same as f (1 - (1 - f) (1 - 2 r)); in logarithms a decay near 1 keeps its distance from 1
-        g = F.logsigmoid(first) + torch.log1p(-(-first).sigmoid() * (1 - 2 * refine))
+        first, refine = z[0] + self.bias, z[1] + self.refine_bias
+        log_f = F.logsigmoid(first)
+        # the same as f (f + 2 r (1 - f)); in logarithms it keeps its distance from 1, and from 0, where log is -inf
+        g = log_f + torch.logaddexp(log_f, math.log(2) + F.logsigmoid(refine) + F.logsigmoid(-first))
         return Gate(g.clamp(max=0.0))

@@ -1,7 +1,7 @@
-"""phi(x) = exp(x W - max(x W)), scaled so that its variance does not depend on the head size: ReGLA's safe exponential.
+"""phi(x) = exp(x W - max(x W)) sqrt(e / ((e - 1) F)), F features: ReGLA's safe exponential.
 
 ReGLA (Lu et al. 2025, arXiv:2502.01578), sections 3.1 and 3.2: the maximum over the features keeps exp bounded by 1,
-and the factor brings the features of normal inputs to variance 1 / F. One learned W per head, the identity at first.
+and the factor keeps phi(q).phi(k) from growing with F. One learned W per head, the identity at first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ class SafeExp(FeatureMap):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = torch.einsum("bthd,hdf->bthf", x.to(self.weight.dtype), self.weight)
         z = z.to(working_dtype(z))
-        # exp of a standard normal has variance e (e - 1); the maximum only divides all features of a token by one
-        # number.
-        scale = (self.features * torch.e * (torch.e - 1)) ** -0.5
-        return (z - z.amax(-1, keepdim=True)).exp() * (scale * torch.e)
+        # exp of a standard normal has variance e (e - 1), which the factor brings to e^2 / F; the maximum then divides
+        # all features of a token by one number.
+        return (z - z.amax(-1, keepdim=True)).exp() * (torch.e / ((torch.e - 1) * self.features)) ** 0.5

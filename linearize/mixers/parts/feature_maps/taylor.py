@@ -60,6 +60,6 @@ class Taylor(FeatureMap):
             x = torch.einsum("bthd,hdf->bthf", x, self.weight.to(x.dtype))
         x = x * self.dim**-0.25
         rows, columns = torch.triu_indices(self.dim, self.dim, device=x.device).unbind()
-        weight = torch.where(rows == columns, 0.5**0.5, 1.0).to(x.dtype)  # x_i x_j, i != j, stands for two features
+        weight = torch.where(rows == columns, x.new_tensor(0.5).sqrt(), 1.0)  # x_i x_j, i != j, is two features
         squares = x[..., rows] * x[..., columns] * weight
         return torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1)
