@@ -5,9 +5,12 @@ otherwise, and says so once in the log. On CPU neither triton nor fla is ever im
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -58,6 +61,17 @@ def _obstacle(tensor: torch.Tensor, unsupported: str) -> str:
         return unsupported
     missing = _missing_packages()
     return f"{missing} not installed" if missing else ""
+
+
+def fla_kernel(op: str, folder: str, name: str) -> Callable[..., Any]:
+    """The function `name` of `fla.ops.<folder>`, imported only now.
+
+    Raises ValueError when fla cannot be imported here.
+    """
+    try:
+        return getattr(importlib.import_module(f"fla.ops.{folder}"), name)
+    except ImportError as error:
+        raise ValueError(f"{op}: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
 
 
 def choose(op: str, backend: str, tensor: torch.Tensor, unsupported: str = "") -> str:

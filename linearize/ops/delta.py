@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from linearize.ops.backend import gate_obstacle
+from linearize.ops.backend import fla_kernel, gate_obstacle
 from linearize.ops.gla import decayed_scores
 from linearize.ops.layout import from_chunks, to_chunks
 from linearize.ops.recurrence import Gate, Recurrence, run
@@ -126,18 +126,13 @@ def kernel(
     cu_seqlens: torch.Tensor | None,
 ) -> Result:
     """fla's chunk_delta_rule, chunk_gated_delta_rule or chunk_kda, by the shape of g."""
-    try:
-        from fla.ops.delta_rule import chunk_delta_rule
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-        from fla.ops.kda import chunk_kda
-    except ImportError as error:
-        raise ValueError(f"delta_rule: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
     options: dict[str, Any] = dict(scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
     if g is None and q.dtype != torch.float32:
-        return chunk_delta_rule(q, k, v, beta, **options)
+        return fla_kernel("delta_rule", "delta_rule", "chunk_delta_rule")(q, k, v, beta, **options)
     if g is None:  # chunk_delta_rule refuses float32
         g = torch.zeros_like(beta)
-    gated = chunk_gated_delta_rule if g.dim() == 3 else chunk_kda
+    folder = ("gated_delta_rule", "chunk_gated_delta_rule") if g.dim() == 3 else ("kda", "chunk_kda")
+    gated = fla_kernel("delta_rule", *folder)
     return gated(q, k, v, g, beta, **options)
 
 

@@ -7,6 +7,7 @@ Source: Peng et al. 2025, arXiv 2503.14456, section 4 (there a = -kappa_hat, b =
 import torch
 import torch.nn.functional as F
 
+from linearize.ops.backend import fla_kernel
 from linearize.ops.gla import decayed_scores
 from linearize.ops.layout import from_chunks, to_chunks
 from linearize.ops.recurrence import Recurrence, run
@@ -110,11 +111,8 @@ def kernel(
     cu_seqlens: torch.Tensor | None,
 ) -> Result:
     """fla's chunk_dplr_delta_rule; it wants a and b in the dtype of q."""
-    try:
-        from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
-    except ImportError as error:
-        raise ValueError(f"dplr: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
-    return chunk_dplr_delta_rule(
+    call = fla_kernel("dplr", "generalized_delta_rule", "chunk_dplr_delta_rule")
+    return call(
         q,
         k,
         v,

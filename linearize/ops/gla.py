@@ -6,6 +6,7 @@ positive.
 
 import torch
 
+from linearize.ops.backend import fla_kernel
 from linearize.ops.layout import from_chunks, read_out, to_chunks
 from linearize.ops.recurrence import Recurrence, run
 
@@ -89,11 +90,8 @@ def kernel(
     cu_seqlens: torch.Tensor | None,
 ) -> Result:
     """fla's chunk_gla."""
-    try:
-        from fla.ops.gla import chunk_gla
-    except ImportError as error:
-        raise ValueError(f"gla: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
-    return chunk_gla(q, k, v, g, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+    call = fla_kernel("gla", "gla", "chunk_gla")
+    return call(q, k, v, g, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
 
 
 GLA = Recurrence("gla", naive, chunk, step, kernel)

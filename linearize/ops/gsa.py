@@ -7,6 +7,7 @@ Source: Zhang et al. 2024, arXiv 2409.07146, section 3 (there s = 1 - exp(g)). `
 import torch
 import torch.nn.functional as F
 
+from linearize.ops.backend import fla_kernel
 from linearize.ops.gla import decayed_scores
 from linearize.ops.layout import carry, from_chunks, read_out, to_chunks
 from linearize.ops.recurrence import Recurrence, run
@@ -93,11 +94,8 @@ def kernel(
     cu_seqlens: torch.Tensor | None,
 ) -> Result:
     """fla's chunk_gsa; it multiplies s with q, k and v, so wants it in their dtype."""
-    try:
-        from fla.ops.gsa import chunk_gsa
-    except ImportError as error:
-        raise ValueError(f"gsa: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
-    out, states = chunk_gsa(
+    call = fla_kernel("gsa", "gsa", "chunk_gsa")
+    out, states = call(
         q,
         k,
         v,

@@ -6,7 +6,7 @@ Source of the chunked form: Dao & Gu 2024, arXiv 2405.21060. `simple_gla` is the
 
 import torch
 
-from linearize.ops.backend import gate_obstacle
+from linearize.ops.backend import fla_kernel, gate_obstacle
 from linearize.ops.layout import from_chunks, read_out, to_chunks
 from linearize.ops.recurrence import Gate, Recurrence, run
 
@@ -78,13 +78,8 @@ def kernel(
     cu_seqlens: torch.Tensor | None,
 ) -> Result:
     """fla's chunk_simple_gla."""
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla
-    except ImportError as error:
-        raise ValueError(f"simple_gla: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
-    return chunk_simple_gla(
-        q, k, v, g=g, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
-    )
+    call = fla_kernel("simple_gla", "simple_gla", "chunk_simple_gla")
+    return chunk(q, k, v, g=g, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
 
 
 def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Gate) -> str:
