@@ -79,7 +79,7 @@ def kernel(
 ) -> Result:
     """fla's chunk_simple_gla."""
     call = fla_kernel("simple_gla", "simple_gla", "chunk_simple_gla")
-    return chunk(q, k, v, g=g, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+    return call(q, k, v, g=g, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
 
 
 def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Gate) -> str:
