@@ -36,6 +36,15 @@ names.__name__ = "list of names"
 positive.__name__ = "positive number"
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """`--trust-remote-code`, for commands that load a checkpoint."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="import mixers of your own that the checkpoint names as module:Class, from the Python path",
+    )
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that choose a recipe and change it."""
     parser.add_argument("--model", metavar="NAME", help="alias such as llama-3-8b or demo, hub name, or folder")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from linearize.cli._arguments import dtype, numbers, positive
+from linearize.cli._arguments import add_trust, dtype, numbers, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per row of the training steps of the recipe's stages; 0 times none (default: 1024)",
     )
     parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
+    add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -94,6 +95,7 @@ def _model(arguments: argparse.Namespace) -> Any:
 
     device = default_device(arguments.device)
     if arguments.path:
-        return load(arguments.path, dtype=arguments.dtype or "auto", device=device)[0]
+        trust = arguments.trust_remote_code
+        return load(arguments.path, dtype=arguments.dtype or "auto", device=device, trust_remote_code=trust)[0]
     chosen = arguments.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     return random_model(arguments.shape, arguments.mixer or "lolcats", device=device, dtype=dtype(chosen))

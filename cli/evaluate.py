@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from linearize.cli._arguments import names, numbers, positive
+from linearize.cli._arguments import add_trust, names, numbers, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="NAME", help="type of the weights (default: the checkpoint's)")
     parser.add_argument("--device", metavar="NAME", help="default: a GPU if there is one")
     parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
+    add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 
-from linearize.cli._arguments import positive
+from linearize.cli._arguments import add_trust, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", metavar="NAME", help="type of the weights (default: the checkpoint's)"
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="default: a GPU if there is one")
+    add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,15 +44,16 @@ def run(arguments: argparse.Namespace) -> None:
     from linearize.swap import swapped, teacher_path
 
     device = default_device(arguments.device)
-    model, tokenizer = load(resolve_model(arguments.path), dtype=arguments.dtype, device=device)
+    options = {"dtype": arguments.dtype, "device": device, "trust_remote_code": arguments.trust_remote_code}
+    model, tokenizer = load(resolve_model(arguments.path), **options)
     if arguments.teacher and not swapped(model):
         raise UserError(f"{arguments.path} has no swapped layers, so --teacher changes nothing; leave it out")
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
     if not inputs["input_ids"].numel():
         raise UserError("--prompt has no tokens; give some text to continue")
-    options = {"do_sample": False}
+    sampling = {"do_sample": False}
     if arguments.temperature > 0:
-        options = {"do_sample": True, "temperature": arguments.temperature}
+        sampling = {"do_sample": True, "temperature": arguments.temperature}
     torch.manual_seed(arguments.seed)
     with teacher_path(model) if arguments.teacher else nullcontext():
         model.generate(
@@ -60,5 +62,5 @@ def run(arguments: argparse.Namespace) -> None:
             max_new_tokens=arguments.max_new_tokens,
             pad_token_id=padding_id(tokenizer),
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-            **options,
+            **sampling,
         )

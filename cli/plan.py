@@ -23,6 +23,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def show_plan(recipe: Recipe) -> None:
     """Print the plan of a recipe."""
-    from linearize.pipeline import plan_of
+    from linearize.pipeline import outline, plan_of
 
-    print(plan_of(recipe))
+    print(outline(recipe, plan_of(recipe)))

@@ -15,8 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    import yaml
+
     from linearize.errors import UserError, did_you_mean
-    from linearize.recipe import available
+    from linearize.recipe import available, read_recipe
 
     known = available()
     if arguments.name is None:
@@ -24,6 +26,10 @@ def run(arguments: argparse.Namespace) -> None:
         for name, path in known.items():
             print(f"{name:<{width}}  {path.read_text().partition(chr(10))[0].lstrip('# ')}")
         return
-    if arguments.name not in known:
+    found = next((n for n in (arguments.name, f"default/{arguments.name}") if n in known), None)
+    if found is None:
         raise UserError(f"unknown recipe {arguments.name!r}{did_you_mean(arguments.name, known)}")
-    print(f"# {known[arguments.name]}\n{known[arguments.name].read_text()}", end="")
+    path, text = known[found], known[found].read_text()
+    if "extends:" in text:
+        text = f"{text.partition(chr(10))[0]}\n{yaml.safe_dump(read_recipe(path), sort_keys=False)}"
+    print(f"# {path}\n{text}", end="")

@@ -26,7 +26,7 @@ def did_you_mean(value: str, options: Iterable[str]) -> str:
     """
     names = sorted(options)
     folded = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(value.lower(), folded, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(value).lower(), folded, n=1, cutoff=0.6)
     guess = f"did you mean {folded[close[0]]!r}? " if close else ""
     return f"; {guess}known: {', '.join(names) or 'none'}"
 

@@ -58,6 +58,9 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
     """
     out = Path(out if out is not None else f"{Path(recipe.model.name).name}-{recipe.mixer['type']}")
     plan = plan_of(recipe)
+    device = default_device(recipe.model.device)
+    if plan.mixer.get("backend") == "fla" and not device.startswith("cuda"):
+        raise UserError(f"mixer.backend: fla needs a CUDA GPU, and the device is {device}; take auto or torch")
     if not is_main():
         return _convert(recipe, plan, out, resume, _nothing)
     claim(out, recipe, resume)
@@ -66,7 +69,7 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
 
 
 def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable) -> Path:
-    say(str(plan))
+    say(outline(recipe, plan))
     if is_main():
         (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
     model, tokenizer = load(
@@ -123,6 +126,21 @@ def plan_of(recipe: Recipe) -> Plan:
     return plan
 
 
+def outline(recipe: Recipe, plan: Plan) -> str:
+    """The plan and what follows it: data, initial values and stages, a line each."""
+    lines = [str(plan), f"data        {recipe.data.source}, sequences of {recipe.data.seq_len:,} tokens"]
+    if recipe.init.type == "calibrated":
+        lines.append(f"init        gates and output scales set from the teacher on {recipe.init.tokens:,} tokens")
+    for stage in recipe.stages:
+        lora = stage.get("lora")
+        with_lora = f", LoRA r {lora['r']} on {', '.join(lora['targets'])}" if lora else ""
+        lines.append(
+            f"stage       {stage['type']}: {stage['tokens']:,} tokens, batch {stage['batch_size']}, "
+            f"lr {stage['lr']:g}{with_lora}"
+        )
+    return "\n".join(lines)
+
+
 def stages_of(settings: Sequence[Mapping[str, Any]], family: str, *, trusted: bool = True) -> list[Stage]:
     """The stages that `settings` describe, as `Recipe.stages` has them, ready to run on a model of `family`.
 
@@ -152,10 +170,20 @@ def calibrated(model: Any, plan: Plan, recipe: Recipe, tokenizer: Any) -> None:
 
 
 def default_device(wanted: str) -> str:
-    """The device that `model.device` stands for: auto is this process's GPU if there is one, else the CPU."""
-    if wanted != "auto":
-        return wanted
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """The device that `model.device` stands for: auto is this process's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: for a name that is no device, or one that this machine does not have.
+    """
+    if wanted == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError as error:
+        raise UserError(f"unknown device {wanted!r}; known: auto, cpu, cuda, cuda:0 and so on, mps") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {wanted!r} was asked for, and torch finds no GPU here; take auto or cpu")
+    return wanted
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:

@@ -88,6 +88,8 @@ class Plan:
         if swapped:
             prefix = swapped[0].module
             lines += [f"            {prefix}.{t.name} {list(t.shape)}, {t.init}" for t in swapped[0].new]
+            if len(swapped) > 1 and swapped[0].new:
+                lines.append(f"            and the same in the other {len(swapped) - 1} swapped layers")
         for tokens in (2048, 32768, 131072):
             before = sum(layer.kv_bytes_per_token for layer in self.layers) * tokens
             after = self.cache_bytes(tokens)
@@ -119,6 +121,8 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         UserError: for an unsupported family, a layer pattern or number that does not fit, mixer settings that the layer
             sizes do not allow, or stages that cannot follow each other.
     """
+    if getattr(config, "linearize", None) is not None:
+        raise UserError(f"{recipe.model.name} is a converted model already; convert the model that it was made from")
     family = find("families", config.model_type, Family)
     depth = config.num_hidden_layers
     chosen = choose_layers(recipe.layers, depth)

@@ -19,9 +19,8 @@ from linearize.data import DataConfig
 from linearize.errors import UserError, did_you_mean
 from linearize.evals.config import EvalConfig
 from linearize.inits.calibrated import InitConfig
-from linearize.mixers.base import Mixer, config_from_dict
-from linearize.mixers.parts.base import Part
-from linearize.registry import find
+from linearize.mixers.base import config_from_dict
+from linearize.registry import find, find_class
 from linearize.schema import Count, Strict, user_error
 from linearize.stages.base import Stage
 
@@ -140,7 +139,7 @@ class Recipe(Strict):
             UserError: unknown recipe, key, mixer, stage or alias, or a value that does not fit.
         """
         path = _find_recipe(name, model)
-        data = _read(path)
+        data = read_recipe(path)
         if model is not None:
             section = data.setdefault("model", {})
             if not isinstance(section, dict):
@@ -148,6 +147,8 @@ class Recipe(Strict):
             section["name"] = model
         for override in overrides:
             _override(data, override)
+        if "model" not in data:
+            raise UserError(f"which model? recipe {path.stem!r} names none; give --model NAME (demo needs no download)")
         return cls.parse(data)
 
     @classmethod
@@ -177,9 +178,6 @@ def mixer_config(settings: Mapping[str, Any]) -> Any:
     Raises:
         UserError: for an unknown mixer, part or key, or a value that does not fit.
     """
-
-    def find_class(package: str, key: str) -> type:
-        return find(package, key, Mixer if package == "mixers" else Part)
 
     def construct(cls: type, values: dict[str, Any], where: str) -> Any:
         try:
@@ -238,7 +236,7 @@ def _find_recipe(name: str | Path | None, model: str | None) -> Path:
     raise UserError(f"unknown recipe {method!r}{did_you_mean(method, [*known, *{k.split('/')[1] for k in known}])}")
 
 
-def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe with what it `extends` filled in: sections are merged key by key, lists and mixers of another type
     replaced.
     """
@@ -249,13 +247,16 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends must name one recipe, got {parent!r}")
     root = Path(str(importlib.resources.files("linearize._recipes")))
-    candidates = [path.parent / parent, root / f"{parent}.yaml"]
-    found = next((c for c in candidates if c.is_file()), None)
+    try:
+        candidates = [(path.parent / parent).resolve(), (root / f"{parent}.yaml").resolve()]
+        found = next((c for c in candidates if c.is_file()), None)
+    except (OSError, ValueError):  # no file can have such a name
+        found = None
     if found is None:
         raise UserError(f"{path} extends {parent!r}, which is no recipe{did_you_mean(parent, available())}")
-    if found in (path, *below):
+    if found in (path.resolve(), *below):
         raise UserError(f"{path} extends {parent!r}, which extends it in turn")
-    return _merged(_read(found, (path, *below)), data)
+    return _merged(read_recipe(found, (path.resolve(), *below)), data)
 
 
 def _merged(base: Any, changes: Any) -> Any:
@@ -301,7 +302,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _step(node: Any, part: str, path: str, create: bool) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
+        if not part.isdecimal() or int(part) >= len(node):
             raise UserError(f"override {path!r}: {part!r} is not one of the {len(node)} items, counted from 0")
         return node[int(part)]
     if not isinstance(node, dict):

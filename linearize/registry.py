@@ -44,12 +44,16 @@ def find(package: str, key: str, base: type[T], *, trusted: bool = True) -> type
         UserError: for an unknown key, a module that cannot be, or must not be, imported, or a class that is not a
             `base`.
     """
+    if not isinstance(key, str):
+        raise UserError(f"{_one(package)} must be a name, got {key!r}; known: {', '.join(keys(package))}")
     if ":" in key:
+        if not all(part.isidentifier() for part in key.replace(":", ".", 1).split(".")):
+            raise UserError(f"{_one(package)} {key!r} is not `module:Class`, names joined by dots and one colon")
         if not trusted and key.partition(":")[0] not in sys.modules:
             raise UserError(
                 f"{_one(package)} {key!r} is code outside this toolkit, which was not imported because only the "
-                "checkpoint asks for it; if you trust it, import that module first, or load with "
-                "linearize.load(..., trust_remote_code=True)"
+                "checkpoint asks for it; if you trust it, put its folder on the Python path and give "
+                "--trust-remote-code, or trust_remote_code=True in Python"
             )
         return _outside(package, key, base)
     known = keys(package)
@@ -57,6 +61,18 @@ def find(package: str, key: str, base: type[T], *, trusted: bool = True) -> type
         hint = did_you_mean(key, known)
         raise UserError(f"unknown {_one(package)} {key!r}{hint}; `module:Class` names your own")
     return _only_class(importlib.import_module(f"linearize.{package}.{key}"), base)
+
+
+def find_class(package: str, key: str, *, trusted: bool = True) -> type:
+    """The mixer ("mixers") or part of a mixer (such as "mixers.parts.decays") that `key` names; as `find`.
+
+    What a part must derive from is the one class of that kind that its package's `base` module defines first.
+    """
+    if package == "mixers":
+        return find(package, key, importlib.import_module("linearize.mixers.base").Mixer, trusted=trusted)
+    bases = vars(importlib.import_module(f"linearize.{package}.base"))
+    kind = "".join(word.title() for word in _one(package).split())
+    return find(package, key, bases[kind], trusted=trusted)
 
 
 def _one(package: str) -> str:

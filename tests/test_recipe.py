@@ -213,6 +213,17 @@ def test_a_wrong_parent_is_named(tmp_path: Path, text: str, message: str) -> Non
         Recipe.load(tmp_path / "loop.yaml")
 
 
+def test_a_circle_of_recipes_is_found_by_any_path(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("extends: sub/../b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: sub/../a.yaml")
+    with pytest.raises(UserError, match="which extends it in turn"):
+        Recipe.load(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text(f"extends: {'x' * 300}")
+    with pytest.raises(UserError, match="which is no recipe"):
+        Recipe.load(tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

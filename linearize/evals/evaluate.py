@@ -94,6 +94,7 @@ def evaluate(
     output: str | Path | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Measure a checkpoint, and the model it was converted from with the same text and questions.
 
@@ -115,6 +116,7 @@ def evaluate(
         output: JSON file for the report.
         dtype: data type of the weights, such as float32; "auto" is the checkpoint's.
         device: where to run. Default: a GPU if there is one.
+        trust_remote_code: import mixers of your own that the checkpoint names as `module:Class`; see `linearize.load`.
 
     Raises:
         UserError: when a model, text or task cannot be read, or a setting does not fit.
@@ -129,7 +131,7 @@ def evaluate(
     data = DataConfig.model_validate(recipe["data"]) if "data" in recipe else None
     told = recipe.get("evaluation") or {}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(resolve_model(name), dtype=dtype, device=device)
+    model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     config = _config(
         text=text or told.get("text"),
         split=split or told.get("split", "dev"),

@@ -44,7 +44,8 @@ def read_conversion(folder: str | Path) -> Conversion:
             )
     points = json.loads((run / "measurements.json").read_text())
     taken = {name: Measurement.from_dict(values) for name, values in points}
-    return Conversion(Path(folder).name, json.loads((run / "plan.json").read_text()), taken)
+    name = Path(folder).name if (Path(folder) / "config.json").is_file() else f"{Path(folder).name} (unfinished)"
+    return Conversion(name, json.loads((run / "plan.json").read_text()), taken)
 
 
 def report(folders: Sequence[str | Path]) -> str:
@@ -99,8 +100,9 @@ def _teachers(found: list[Conversion], lengths: list[int], cases: list[tuple[int
         teacher = c.points.get("teacher")
         if teacher is None:
             continue
-        told = [f"loss {length} {number(teacher.loss(length))}" for length in lengths]
-        told += [f"recall {case_name(case)} {percent(teacher.recall_rate(*case))}" for case in cases]
+        told = [f"loss {n} {number(teacher.loss(n))}" for n in lengths if teacher.loss(n) is not None]
+        asked = [case for case in cases if teacher.recall_rate(*case) is not None]
+        told += [f"recall {case_name(case)} {percent(teacher.recall_rate(*case))}" for case in asked]
         lines.append(f"Teacher {c.facts['source']}: {', '.join(told)}")
     return "\n\n" + "\n\n".join(union(lines)) if lines else ""
 

@@ -20,8 +20,6 @@ from linearize.families.base import Family
 from linearize.hf.bundle import auto_map, bundle
 from linearize.hf.modeling import build_classes
 from linearize.kept import kept_of
-from linearize.mixers.base import Mixer
-from linearize.mixers.parts.base import Part
 from linearize.swap import mixer_specs, swap_layers, swapped
 
 PREFIX = "linearized_"
@@ -48,7 +46,7 @@ def find_class(package: str, key: str) -> type:
         UserError: for an unknown key, and outside `trusting(True)` for `module:Class` of a module that nobody has
             imported; see `registry.find`.
     """
-    return registry.find(package, key, Mixer if package == "mixers" else Part, trusted=_trusted.get())
+    return registry.find_class(package, key, trusted=_trusted.get())
 
 
 @cache

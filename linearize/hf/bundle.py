@@ -17,8 +17,8 @@ from typing import Any
 from linearize import __version__, registry
 from linearize.errors import UserError
 from linearize.families.base import Family
-from linearize.mixers.base import Mixer, config_from_dict
-from linearize.mixers.parts.base import Part, parts_of
+from linearize.mixers.base import config_from_dict
+from linearize.mixers.parts.base import parts_of
 
 ENTRY = "modeling_linearized"
 """The module that a checkpoint's `auto_map` names."""
@@ -85,12 +85,9 @@ def bundle(model_type: str, mixers: Sequence[Mapping[str, Any]]) -> dict[str, st
 def _classes(mixer: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], type]]:
     """((package, key), class) of a mixer and of all parts that its settings name."""
 
-    def find(package: str, key: str) -> type:
-        return registry.find(package, key, Mixer if package == "mixers" else Part)
-
-    cls: Any = find("mixers", mixer["type"])
+    cls: Any = registry.find_class("mixers", mixer["type"])
     yield ("mixers", mixer["type"]), cls
-    config = config_from_dict(cls.Config, {k: v for k, v in mixer.items() if k != "type"}, find)
+    config = config_from_dict(cls.Config, {k: v for k, v in mixer.items() if k != "type"}, registry.find_class)
     for package, settings in parts_of(config):
         yield (package, settings.type), type(settings).part
 

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from linearize.errors import UserError
 from linearize.families.base import Family
 from linearize.mixers.parts.base import Calibration
 from linearize.ops.layout import expand_heads
@@ -31,7 +32,7 @@ class InitConfig(Strict):
         "declared",
         description="declared: what each mixer names; calibrated: gates and output size then set from the teacher.",
     )
-    tokens: Count = Field(8192, description="Training tokens that a calibration measures on.")
+    tokens: Count = Field(8192, gt=0, description="Training tokens that a calibration measures on.")
 
 
 @torch.no_grad()
@@ -53,11 +54,15 @@ def calibrate(model: Any, family: type[Family], batches: Sequence[Inputs]) -> di
     def measure(name: str, attn: SwappedAttention, x: torch.Tensor, given: dict[str, Any], _: torch.Tensor) -> None:
         batch: Batch = given["linearize_batch"]
         count = x.shape[:2].numel() if batch.mask is None else int(batch.mask.sum())
+        if not count:
+            return
         means = torch.stack(attention_statistics(attn, x, given["position_embeddings"], batch))
         sums[name] = sums.get(name, 0) + means * count
         tokens[name] += count
 
     watch(model, family, batches, measure)
+    if not all(tokens.values()):
+        raise UserError("the calibration got no tokens: every one of them is padding; give it other rows")
     found = {name: Calibration(*(sums[name] / tokens[name])) for name in layers}
     for name, attn in layers.items():
         attn.mixer.calibrate(found[name])

@@ -154,6 +154,20 @@ Find = Callable[[str, str], Any]
 """(package such as "mixers" or "mixers.parts.decays", key) -> the class that the key names."""
 
 
+def _part_settings(value: Any, path: str) -> Any:
+    """Settings of a part, from its name or as they are.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, str):
+        return {"type": value}
+    if isinstance(value, dict) and isinstance(value.get("type", ""), str):
+        return value
+    hint = "; a part that does nothing is called none" if value in (None, False) else ""
+    raise ValueError(f"{path} must be the name of a part, or its settings with a type, got {value!r}{hint}")
+
+
 def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
     return cls(**values)
 
@@ -189,8 +203,8 @@ def config_from_dict(
             raise ValueError(f"unknown key {path!r}{did_you_mean(key, fields)}")
         field = fields[key]
         default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if "part" in field.metadata and isinstance(value, str):
-            value = {"type": value}
+        if "part" in field.metadata:
+            value = _part_settings(value, path)
         if not dataclasses.is_dataclass(default) or not isinstance(value, dict):
             built[key] = tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
             continue
@@ -198,6 +212,12 @@ def config_from_dict(
         before: dict[str, Any] = dataclasses.asdict(default)  # type: ignore[arg-type]
         settings = {**before, **value}
         if "part" in field.metadata and settings["type"] != before["type"]:
-            kind, settings = find(field.metadata["part"], value["type"]).Config, value
+            part = find(field.metadata["part"], value["type"])
+            if part.Config.part is not part:
+                raise ValueError(
+                    f"{path}: {value['type']!r} has the Config of {part.Config.part.__name__}, which would be built in "
+                    f"its place; give it a Config of its own that derives from {part.Config.__name__}"
+                )
+            kind, settings = part.Config, value
         built[key] = config_from_dict(kind, settings, find, where=path, construct=construct)
     return construct(cls, built, where)

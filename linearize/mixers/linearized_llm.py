@@ -40,8 +40,8 @@ class LinearizedLlmConfig(BlockMixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.conv_size < 0:
-            raise ValueError(f"conv_size must be 0 or more tokens, got {self.conv_size}")
+        if not 0 <= self.conv_size <= 128:
+            raise ValueError(f"conv_size must lie between 0 and 128 tokens, got {self.conv_size}")
 
 
 class LinearizedLlm(BlockMixer):

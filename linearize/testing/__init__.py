@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from linearize.mixers.base import Mixer, config_from_dict
-from linearize.mixers.parts.base import Part
-from linearize.registry import find
+from linearize.registry import find_class
 from linearize.testing.calls import KV_HEADS, bare_mixer, new_mixer
 from linearize.testing.rules import RULES
 
@@ -34,9 +33,9 @@ def check_mixer(mixer: str | type[Mixer], settings: Mapping[str, Any] | None = N
         AssertionError: names the first rule that is broken, with the numbers that show it. Other exceptions are the
             mixer's own, with a note that says which rule was being checked.
     """
-    cls = find("mixers", mixer, Mixer) if isinstance(mixer, str) else mixer
+    cls: Any = find_class("mixers", mixer) if isinstance(mixer, str) else mixer
     label = mixer if isinstance(mixer, str) else f"{mixer.__module__}:{mixer.__qualname__}"
-    config = config_from_dict(cls.Config, dict(settings or {}), _find)
+    config = config_from_dict(cls.Config, dict(settings or {}), find_class)
 
     def make(kv_heads: int = KV_HEADS, *, filled: bool = True) -> Mixer:
         if filled:
@@ -52,7 +51,3 @@ def check_mixer(mixer: str | type[Mixer], settings: Mapping[str, Any] | None = N
         except Exception as error:
             error.add_note(f"while checking {label}: {name}")
             raise
-
-
-def _find(package: str, key: str) -> Any:
-    return find(package, key, Mixer if package == "mixers" else Part)

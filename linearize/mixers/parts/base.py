@@ -50,8 +50,15 @@ class Part(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "Config" in vars(cls):
-            cls.Config.part = cls
+        if "Config" not in vars(cls):
+            return
+        owner = vars(cls.Config).get("part")
+        if owner is not None and (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"{cls.__name__}.Config is {cls.Config.__name__}, which belongs to {owner.__qualname__} of "
+                f"{owner.__module__}; give {cls.__name__} a config of its own: a dataclass that derives from it"
+            )
+        cls.Config.part = cls
 
     def inits(self) -> dict[str, Init]:
         """How each of the part's own parameters is initialised, by its name inside the part."""

@@ -30,8 +30,8 @@ class ConvConfig:
     """What is convolved."""
 
     def __post_init__(self) -> None:
-        if self.size < 0:
-            raise ValueError(f"conv.size must be 0 or more tokens, got {self.size}")
+        if not 0 <= self.size <= 128:
+            raise ValueError(f"conv.size must lie between 0 and 128 tokens, got {self.size}")
 
 
 class Conv(Part):

@@ -76,7 +76,7 @@ class GatedDecay(Decay):
 
 def check_half_life(half_life: tuple[float, float]) -> None:
     """Raises ValueError unless both are positive numbers of tokens."""
-    if len(half_life) != 2 or min(half_life) <= 0:
+    if len(half_life) != 2 or not all(0 < life < math.inf for life in half_life):
         raise ValueError(f"decay.half_life must be two positive numbers of tokens, got {list(half_life)}")
 
 

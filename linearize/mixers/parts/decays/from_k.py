@@ -7,6 +7,7 @@ the identity.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class FromKConfig(PartConfig):
     """Divisor of the log-gate; larger forgets more slowly."""
 
     def __post_init__(self) -> None:
-        if self.normalizer <= 0:
+        if not 0 < self.normalizer < math.inf:
             raise ValueError(f"decay.normalizer must be positive, got {self.normalizer}")
 
 

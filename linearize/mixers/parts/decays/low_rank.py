@@ -48,7 +48,7 @@ class LowRankConfig(PartConfig):
         check_half_life(self.half_life)
         if self.rank < 1:
             raise ValueError(f"decay.rank must be at least 1, got {self.rank}")
-        if self.normalizer <= 0:
+        if not 0 < self.normalizer < math.inf:
             raise ValueError(f"decay.normalizer must be positive, got {self.normalizer}")
 
 

@@ -41,6 +41,9 @@ class Update(Part):
     """Granularities of the decays that it takes: none, head, channel."""
     linear_in_values: ClassVar[bool] = True
     """Whether the read-out is a weighted sum of values, with weights that do not depend on them."""
+    routable: ClassVar[bool] = True
+    """Whether `operands` say all of it and a token with neutral ones changes nothing, so that a mixture of memories can
+    withhold tokens from it."""
     normalizes: ClassVar[bool] = False
     """Whether it can return a denominator, the sum of all weights."""
 

@@ -42,14 +42,17 @@ class MemoriesConfig(PartConfig):
     def __post_init__(self) -> None:
         if not 1 <= self.active <= self.memories:
             raise ValueError(f"update.active must lie between 1 and update.memories={self.memories}, got {self.active}")
-        if self.inner.type in ("log_linear", "memories", "ttt", "rwkv7"):
-            raise ValueError(f"update.inner {self.inner.type!r} cannot skip tokens or reads more than its state")
+        if not self.inner.part.routable:
+            raise ValueError(
+                f"update.inner {self.inner.type!r} counts tokens or reads more than its state; take another"
+            )
 
 
 class Memories(Update):
     """See the module docstring. State: that of the inner update, with (M + 1) Hq heads."""
 
     Config = MemoriesConfig
+    routable = False
     decays = ("none", "head", "channel")
 
     def __init__(self, config: MemoriesConfig, shape: HeadShape):

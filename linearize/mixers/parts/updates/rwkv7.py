@@ -41,6 +41,7 @@ class Rwkv7(Update):
     """See the module docstring. State: S [B, Hq, F, V]."""
 
     Config = Rwkv7Config
+    routable = False
     decays = ("channel",)
 
     def __init__(self, config: Rwkv7Config, shape: HeadShape):

@@ -9,6 +9,7 @@ same size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +34,17 @@ class TttConfig(PartConfig):
     """Tokens of a mini-batch; changes results."""
 
     def __post_init__(self) -> None:
-        if self.rate <= 0:
+        if not 0 < self.rate < math.inf:
             raise ValueError(f"update.rate must be positive, got {self.rate}")
-        if self.batch_tokens < 1:
-            raise ValueError(f"update.batch_tokens must be at least 1, got {self.batch_tokens}")
+        if not 1 <= self.batch_tokens <= 1024:
+            raise ValueError(f"update.batch_tokens must lie between 1 and 1024, got {self.batch_tokens}")
 
 
 class Ttt(Update):
     """See the module docstring. State: W and b at the mini-batch's start, what they have moved since, and a count."""
 
     Config = TttConfig
+    routable = False
     decays = ("none",)
     linear_in_values = False
 
