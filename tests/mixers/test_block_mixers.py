@@ -221,7 +221,7 @@ def test_weights_can_be_read_with_one_hot_values(mixer: str):
     [
         ("still", {"window": 0}, "window must be at least 1 token, got 0"),
         ("still", {"bank": -1}, "bank must be 0 or more tokens, got -1"),
-        ("linearized_llm", {"conv_size": -2}, "conv_size must be 0 or more tokens, got -2"),
+        ("linearized_llm", {"conv_size": -2}, "conv_size must lie between 0 and 128 tokens, got -2"),
         ("still", {"feature_map": "identity"}, "feature_map 'identity' does not give; take a map such as hedgehog"),
     ],
 )
