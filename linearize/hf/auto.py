@@ -103,6 +103,7 @@ def linearized(model: Any, model_type: str, description: Mapping[str, Any]) -> A
         UserError: for an unknown family or mixer.
         ValueError: for settings that the mixer rejects.
     """
+    register()  # so that the Auto classes know the model's config from now on
     family = registry.find("families", model_type, Family)
     config_class, model_class = classes(model_type)
     with trusting(True):  # the description comes from a recipe, not from a checkpoint
