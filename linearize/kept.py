@@ -49,8 +49,7 @@ def log_length(positions: torch.Tensor, length: int) -> torch.Tensor:
 
     Softmax over t tokens flattens as t grows; a factor with the logarithm of t keeps how much the largest logit stands
     out. This is the form that starts at the training length, before which the model is the source's (log-n attention of
-    Qwen's `use_logn_attn`); Scalable-Softmax (Nakanishi 2025, arXiv:2501.19399) learns the factor, HALO also scales
-    before the training length.
+    Qwen's `use_logn_attn`); Scalable-Softmax (Nakanishi 2025, arXiv:2501.19399) learns the factor.
 
     Args:
         positions: [B, T], any numeric type.

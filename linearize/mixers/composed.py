@@ -19,7 +19,7 @@ from torch import nn
 
 from linearize.inits.base import Constant, Init
 from linearize.mixers.base import Backend, Context, HeadShape, Mixer, State
-from linearize.mixers.parts.base import Calibration, Part, build, part, part_inits
+from linearize.mixers.parts.base import Calibration, build, calibrate_parts, part, part_inits
 from linearize.mixers.parts.combines.base import Combine, Memory
 from linearize.mixers.parts.combines.sum import SumConfig
 from linearize.mixers.parts.conv import Conv, ConvConfig
@@ -168,9 +168,7 @@ class Composed(Mixer):
 
     def calibrate(self, measured: Calibration) -> None:
         """Set what the parts can set from the teacher's attention."""
-        for child in self.children():
-            if isinstance(child, Part):
-                child.calibrate(measured)
+        calibrate_parts(self, measured)
 
     def forward(
         self,

@@ -44,8 +44,6 @@ class Recurrence:
     resets: bool = True
     """Whether the first gate is a log-decay, None for none, that forgets everything at -inf. Packed documents then stay
     in their rows; otherwise each becomes a row of its own."""
-    speed_chunks: bool = True
-    """Whether `chunk_size` must be a power of two that changes nothing but speed."""
     steps: bool = False
     """Whether k and v are `[B, T, H, n, ...]`: n steps of the recurrence for each token."""
 
@@ -106,7 +104,7 @@ def run(
             if chosen == "naive":
                 return op.naive(*rows, state=state)
             assert rows[0] is not None
-            size = fit_chunk(op.name, chunk_size, rows[0].shape[1]) if op.speed_chunks else chunk_size
+            size = fit_chunk(op.name, chunk_size, rows[0].shape[1])
             return op.chunk(*rows, state=state, chunk_size=size)
 
         if documents is None:
@@ -142,8 +140,3 @@ def _run_kernel(
     out, states = kernel(*flat, scale=scale, state=None, cu_seqlens=cu_seqlens)
     rows = documents.shape
     return tree_map(lambda x: x.view(*rows, *x.shape[2:]), out), tree_map(lambda x: x[last], states)
-
-
-def cast(outputs: Any, dtype: torch.dtype) -> Any:
-    """Outputs in another dtype."""
-    return tree_map(lambda x: x.to(dtype), outputs)

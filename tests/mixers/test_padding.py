@@ -61,7 +61,13 @@ def model(converted: Any, case: Case, layers: str) -> Any:
 @every_case
 @every_layout
 @torch.no_grad()
-def test_padding_anywhere_equals_none(model: Any) -> None:
+def test_padding_anywhere_equals_none(model: Any, case: Case) -> None:
+    check_padding(model, DOUBLE)
+    if case.key != "composed" and case.tolerance == 1e-5:  # each mixer whose output no norm magnifies, as users run it
+        check_padding(model.float(), case.tolerance)
+
+
+def check_padding(model: Any, tolerance: float) -> None:
     mask, ids = torch.stack(list(masks().values())), tokens(len(masks()), T + MORE)
     alone = [model(row[keep][None]).logits[0] for row, keep in zip(ids, mask.bool(), strict=True)]
     for lengths in (
@@ -73,7 +79,7 @@ def test_padding_anywhere_equals_none(model: Any) -> None:
     ):
         logits = feed(model, ids, mask, lengths)
         assert logits.isfinite().all()
-        assert_close([x[keep] for x, keep in zip(logits, mask.bool(), strict=True)], alone, DOUBLE)
+        assert_close([x[keep] for x, keep in zip(logits, mask.bool(), strict=True)], alone, tolerance)
 
 
 @every_case

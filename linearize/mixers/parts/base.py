@@ -61,11 +61,12 @@ class Part(nn.Module):
         cls.Config.part = cls
 
     def inits(self) -> dict[str, Init]:
-        """How each of the part's own parameters is initialised, by its name inside the part."""
-        return {}
+        """How each parameter is initialised, by its name inside the part; by default those of the parts inside."""
+        return part_inits(self)
 
     def calibrate(self, measured: Calibration) -> None:
-        """Set parameters in place from what was measured on the teacher; by default there is nothing to set."""
+        """Set parameters in place from what was measured on the teacher; by default those of the parts inside."""
+        calibrate_parts(self, measured)
 
 
 def build(config: Any, shape: HeadShape) -> Any:
@@ -86,6 +87,13 @@ def part_inits(module: nn.Module) -> dict[str, Init]:
         if isinstance(child, Part)
         for key, init in child.inits().items()
     }
+
+
+def calibrate_parts(module: nn.Module, measured: Calibration) -> None:
+    """Calibrate all parts directly inside `module`."""
+    for child in module.children():
+        if isinstance(child, Part):
+            child.calibrate(measured)
 
 
 def parts_of(config: Any) -> Iterator[tuple[str, PartConfig]]:

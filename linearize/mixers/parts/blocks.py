@@ -12,7 +12,7 @@ import torch
 
 from linearize.inits.base import Init
 from linearize.mixers.base import Context, HeadShape, Mixer, State
-from linearize.mixers.parts.base import Calibration, Part, build, part, part_inits
+from linearize.mixers.parts.base import Calibration, build, calibrate_parts, part, part_inits
 from linearize.mixers.parts.combines.base import Combine, Memory, Window
 from linearize.mixers.parts.combines.shared_denominator import SharedDenominatorConfig
 from linearize.mixers.parts.feature_maps.base import FeatureMap
@@ -70,9 +70,7 @@ class BlockMixer(Mixer):
 
     def calibrate(self, measured: Calibration) -> None:
         """Set what the parts can set from the teacher's attention."""
-        for child in self.children():
-            if isinstance(child, Part):
-                child.calibrate(measured)
+        calibrate_parts(self, measured)
 
     def forward(
         self,

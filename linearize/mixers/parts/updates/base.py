@@ -12,7 +12,7 @@ from torch import nn
 
 from linearize.inits.base import Constant, Init
 from linearize.mixers.base import HeadShape
-from linearize.mixers.parts.base import Calibration, Part, part_inits
+from linearize.mixers.parts.base import Calibration, Part
 from linearize.mixers.parts.decays.base import Gate
 from linearize.ops.layout import working_dtype
 
@@ -51,14 +51,6 @@ class Update(Part):
         super().__init__()
         self.config = config
         self.shape = shape
-
-    def inits(self) -> dict[str, Init]:
-        return part_inits(self)
-
-    def calibrate(self, measured: Calibration) -> None:
-        for child in self.children():
-            if isinstance(child, Part):
-                child.calibrate(measured)
 
     def decay_channels(self) -> int:
         """How many decays per head a decay per channel is to have; by default one per feature."""
