@@ -8,6 +8,7 @@ Either a checkpoint, or a model with random weights of a known shape, which need
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from linearize.cli._arguments import add_trust, dtype, numbers, positive
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    from linearize.bench import bench
+    from linearize.bench import BenchReport, bench
     from linearize.errors import UserError
 
     if (arguments.path is None) == (arguments.shape is None):
@@ -55,6 +56,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.path and arguments.mixer:
         raise UserError(f"--mixer goes with --shape; {arguments.path} has its own mixers")
     model = _model(arguments)
+
+    def measured(report: BenchReport) -> None:
+        """Nothing that was measured is lost if the command is stopped."""
+        if arguments.output:
+            report.to_json(arguments.output)
+        if report.steps:
+            print(f"measured: a step of {report.steps[-1].stage}", file=sys.stderr)
+        else:
+            print(f"measured: {report.speeds[-1].length:,} tokens", file=sys.stderr)
+
     report = bench(
         model,
         lengths=arguments.lengths,
@@ -63,10 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
         repeats=arguments.repeats,
         stages=_stages(arguments, model) if arguments.train_length > 0 else (),
         train_length=arguments.train_length,
+        measured=measured,
     )
     print(report.table())
     if arguments.output:
-        report.to_json(arguments.output)
         print(f"\nreport written to {arguments.output}")
 
 

@@ -27,7 +27,7 @@ from linearize.evals.table import NOTHING, grid
 from linearize.evals.text import evaluating
 from linearize.hf.auto import linearized
 from linearize.hf.cache import StateLayer
-from linearize.memory import memory_method, now, out_of_memory, peak_bytes
+from linearize.memory import memory_method, now, out_of_memory, peak_bytes, release
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 
@@ -131,6 +131,7 @@ def bench(
     stages: Sequence[Stage] = (),
     train_length: int = 1024,
     seed: int = 0,
+    measured: Callable[[BenchReport], None] | None = None,
 ) -> BenchReport:
     """Time prefill and decoding of teacher and student, interleaved so that both see the same machine.
 
@@ -144,6 +145,7 @@ def bench(
         stages: training stages to time a step of, in their order; the student cannot be used after that.
         train_length: tokens per row of a training step.
         seed: of the random token ids.
+        measured: called with the report so far after each length and each stage.
 
     A length that does not fit into memory gives a row that says so.
     """
@@ -157,8 +159,18 @@ def bench(
         "student": (student, nullcontext),
     }
     generator = torch.Generator().manual_seed(seed)
-    speeds = []
+    settings = {
+        "batch": batch_size,
+        "decode tokens": decode_tokens,
+        "repeats": repeats,
+        "dtype": str(student.dtype).removeprefix("torch."),
+        "device": _device_name(device),
+        "torch": torch.__version__,
+    }
+    report = BenchReport([], [], settings, memory_method(device))
+    measured = measured or (lambda report: None)
     for length in lengths:
+        release()
         ids = torch.randint(student.config.vocab_size, (batch_size, length), generator=generator).to(device)
         runs: dict[str, list[tuple[float, float, int]]] = {path: [] for path in paths}
         peaks: dict[str, int] = {}
@@ -174,17 +186,12 @@ def bench(
                 if memory_error:
                     peaks.pop(path, None)
         for path in paths:
-            speeds.append(_speed(path, length, batch_size, decode_tokens, runs[path], peaks.get(path)))
-    settings = {
-        "batch": batch_size,
-        "decode tokens": decode_tokens,
-        "repeats": repeats,
-        "dtype": str(student.dtype).removeprefix("torch."),
-        "device": _device_name(device),
-        "torch": torch.__version__,
-    }
-    steps = time_stages(student, stages, batch=batch_size, length=train_length, repeats=repeats, seed=seed)
-    return BenchReport(speeds, steps, settings, memory_method(device))
+            report.speeds.append(_speed(path, length, batch_size, decode_tokens, runs[path], peaks.get(path)))
+        measured(report)
+    for step in time_stages(student, stages, batch=batch_size, length=train_length, repeats=repeats, seed=seed):
+        report.steps.append(step)
+        measured(report)
+    return report
 
 
 def random_model(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from linearize.memory import now, out_of_memory, peak_bytes
+from linearize.memory import now, out_of_memory, peak_bytes, release
 from linearize.stages.base import Stage
 from linearize.swap import teacher_path
 from linearize.training.loop import autocast
@@ -41,8 +41,8 @@ class StepSpeed:
 
 def time_stages(
     model: Any, stages: Sequence[Stage], *, batch: int = 1, length: int = 1024, repeats: int = 3, seed: int = 0
-) -> list[StepSpeed]:
-    """Time a step of each stage in turn on random tokens; teacher and student alternate.
+) -> Iterator[StepSpeed]:
+    """Time a step of each stage in turn on random tokens, as each is asked for; teacher and student alternate.
 
     Args:
         model: a converted model; unusable afterwards.
@@ -54,7 +54,9 @@ def time_stages(
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
-    return [_time_stage(model, stage, ids, repeats) for stage in stages]
+    for stage in stages:
+        release()
+        yield _time_stage(model, stage, ids, repeats)
 
 
 def _time_stage(model: Any, stage: Stage, ids: torch.Tensor, repeats: int) -> StepSpeed:

@@ -54,16 +54,23 @@ def memory_method(device: torch.device) -> str:
 
 @contextmanager
 def out_of_memory() -> Iterator[list[str]]:
-    """Swallow an out-of-memory error of the GPU or of torch's CPU allocator; the list then holds its text."""
+    """Swallow an out-of-memory error of the GPU, of a kernel on it or of torch's CPU allocator; the list then holds its
+    text.
+    """
     found: list[str] = []
     try:
         yield found
     except (RuntimeError, MemoryError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not is_memory:
+        known = ("can't allocate memory", "[CUDA]: out of memory")  # torch's on the CPU, triton's
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(t in str(error) for t in known):
             raise
         found.append(str(error))
     if found:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
+
+
+def release() -> None:
+    """Give what torch keeps for reuse back to the GPU, where kernels need memory of their own to start."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

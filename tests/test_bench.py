@@ -67,6 +67,9 @@ def test_other_errors_are_not_swallowed():
     with out_of_memory() as found:
         torch.empty(2**50, dtype=torch.float64)
     assert found
+    with out_of_memory() as found:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+    assert found
 
 
 def test_a_model_without_mixers_is_refused(pico_model):
@@ -87,7 +90,17 @@ def test_peak_sees_memory_that_is_freed_again():
 def test_training_steps_are_timed_beside_the_teachers(converted):
     model = converted("lolcats")
     stages = stages_of(Recipe.load("demo/lolcats", model="demo").stages, "llama")
-    report = bench(model, lengths=[16], decode_tokens=2, repeats=1, stages=stages, train_length=32)
+    seen = []
+    report = bench(
+        model,
+        lengths=[16, 24],
+        decode_tokens=2,
+        repeats=1,
+        stages=stages,
+        train_length=32,
+        measured=lambda report: seen.append((len(report.speeds), len(report.steps))),
+    )
+    assert seen == [(2, 0), (4, 0), (4, 1), (4, 2)], "every row is handed out as soon as it is there"
     transfer, finetune = report.steps
     assert (transfer.stage, finetune.stage) == ("attention_transfer", "finetune")
     assert transfer.teacher is None and finetune.teacher is not None
