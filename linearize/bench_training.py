@@ -49,7 +49,7 @@ def time_stages(
         stages: in the order in which a conversion would run them.
         batch: rows of a step.
         length: tokens per row.
-        repeats: timed steps of each path, after one that is not timed and measures memory.
+        repeats: timed steps of each path, after one that is not timed, of which the student's measures memory.
         seed: of the random tokens.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -70,13 +70,17 @@ def _time_stage(model: Any, stage: Stage, ids: torch.Tensor, repeats: int) -> St
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     peak = None
     with out_of_memory() as memory_error:
-        peak = peak_bytes(step, ids.device)
-        for _ in range(repeats):
+        for repeat in range(repeats + 1):
             for path, context in paths.items():
                 with context():
-                    began = now(ids.device)
-                    step()
-                    seconds[path].append(now(ids.device) - began)
+                    if repeat == 0 and path == "student":
+                        peak = peak_bytes(step, ids.device)
+                    elif repeat == 0:
+                        step()
+                    else:
+                        began = now(ids.device)
+                        step()
+                        seconds[path].append(now(ids.device) - began)
     if memory_error:
         return StepSpeed(stage.config.type, rows, length, None, None, None)
     speed = {path: ids.numel() / statistics.median(times) for path, times in seconds.items()}

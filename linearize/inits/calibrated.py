@@ -1,9 +1,10 @@
 """Sets the gates and the size of any mixer from what the teacher's attention does, before any training.
 
 `calibrate(model, ids)` runs the teacher over a few thousand tokens and measures, per layer and query head, how far and
-how sharply it attends. Every part of a mixer that has a decay or a write strength sets it from that; then the recurrent
-branch gets the factor per head that brings the layer's output closest to the teacher's. After Taylor-Calibrate (2026,
-arXiv:2606.16429), for any gated mixer instead of Gated DeltaNet alone.
+how sharply it attends; how far beyond the mixer's window, where it has one, for the recurrent branch is there for what
+the window does not reach. Every part of a mixer that has a decay or a write strength sets it from that; then the
+recurrent branch gets the factor per head that brings the layer's output closest to the teacher's. After
+Taylor-Calibrate (2026, arXiv:2606.16429), for any gated mixer instead of Gated DeltaNet alone.
 """
 
 from __future__ import annotations
@@ -56,15 +57,18 @@ def calibrate(model: Any, family: type[Family], batches: Sequence[Inputs]) -> di
         count = x.shape[:2].numel() if batch.mask is None else int(batch.mask.sum())
         if not count:
             return
-        means = torch.stack(attention_statistics(attn, x, given["position_embeddings"], batch))
-        sums[name] = sums.get(name, 0) + means * count
+        found = torch.stack(attention_statistics(attn, x, given["position_embeddings"], batch))
+        sums[name] = sums.get(name, 0) + found
         tokens[name] += count
 
     watch(model, family, batches, measure)
     if not all(tokens.values()):
         raise UserError("the calibration got no tokens: every one of them is padding; give it other rows")
-    found = {name: Calibration(*(sums[name] / tokens[name])) for name in layers}
+    found = {}
     for name, attn in layers.items():
+        reach, mass, entropy = sums[name]
+        distance = torch.where(mass > 0, reach / mass.clamp_min(1e-30), attn.mixer.exact)
+        found[name] = Calibration(distance, entropy / tokens[name])
         attn.mixer.calibrate(found[name])
     match_outputs(model, family, batches)
     return found
@@ -131,11 +135,16 @@ def watch(model: Any, family: type[Family], batches: Sequence[Inputs], see: Any)
 
 def attention_statistics(
     attn: SwappedAttention, x: torch.Tensor, position_embeddings: Any, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean distance and mean normalised entropy of softmax attention, both [Hq], from a layer's input x [B, T, C].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What softmax attention does, from a layer's input x [B, T, C]; three sums over all real queries, each [Hq].
 
     Queries are taken in blocks, so memory is that of B x Hq x 256 x T weights. Documents are told apart, and padding is
     left out, wherever it is.
+
+    Returns:
+        reach: weight times distance in tokens, of what lies beyond the mixer's window.
+        mass: the weight alone of the same.
+        entropy: normalised entropy of all weights.
     """
     q, k, _ = attn.family.project(attn, x)
     q, k = attn.family.rotate(q, k, *position_embeddings)
@@ -146,7 +155,7 @@ def attention_statistics(
     place = torch.arange(tokens, device=x.device)
     documents = torch.zeros(rows, tokens, device=x.device) if batch.documents is None else batch.documents
     real = torch.ones_like(documents, dtype=torch.bool) if batch.mask is None else batch.mask
-    distance, entropy = q.new_zeros(heads), q.new_zeros(heads)
+    reach, mass, entropy = q.new_zeros(3, heads)
     for start in range(0, tokens, 256):
         block = place[start : start + 256]
         age = block[:, None] - place[None, :]
@@ -154,10 +163,11 @@ def attention_statistics(
         scores = torch.einsum("bihd,bjhd->bhij", q[:, block], k) * attn.mixer.shape.scale
         logs = scores.masked_fill(~seen, float("-inf")).log_softmax(-1)
         weights, counted = logs.exp(), real[:, None, block].to(q.dtype)
-        distance += ((weights * age.clamp(min=0)).sum(-1) * counted).sum((0, 2))
+        far = weights * (age >= attn.mixer.exact)
+        reach += ((far * age).sum(-1) * counted).sum((0, 2))
+        mass += (far.sum(-1) * counted).sum((0, 2))
         nats = -(weights * logs.masked_fill(~seen, 0.0)).sum(-1)
         visible = seen.sum(-1)
         spread = torch.where(visible > 1, nats / visible.clamp_min(2).log(), 0.0)  # one visible token has no spread
         entropy += (spread * counted).sum((0, 2))
-    count = real.sum()
-    return distance / count, entropy / count
+    return reach, mass, entropy

@@ -98,6 +98,11 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @property
+    def exact(self) -> int:
+        """Last tokens, the current one included, that the mixer reads by softmax attention; 0 for none."""
+        return 0
+
+    @property
     def linear_in_values(self) -> bool:
         """Whether y is a weighted sum of values with weights that do not depend on them, so that one-hot values read
         the weights out."""

@@ -166,6 +166,10 @@ class Composed(Mixer):
     def output_scale(self) -> nn.Parameter | None:
         return self.output.scale if self.config.output.scale else None
 
+    @property
+    def exact(self) -> int:
+        return self.config.window
+
     def calibrate(self, measured: Calibration) -> None:
         """Set what the parts can set from the teacher's attention."""
         calibrate_parts(self, measured)

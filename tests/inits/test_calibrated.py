@@ -19,7 +19,6 @@ from linearize.pipeline import convert
 from linearize.swap import swapped
 
 METHODS = ["gdn", "gla", "kda", "mamba2"]
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture
@@ -82,17 +81,19 @@ def attention_by_hand(attn: Any, x: torch.Tensor, theta: float) -> list[list[tor
     return found
 
 
-def statistics_by_hand(attn: Any, documents: list[torch.Tensor], theta: float) -> Pair:
-    """Distance and entropy [Hq], each the mean over all tokens of all documents."""
-    distance, entropy = torch.zeros(2, attn.config.num_attention_heads, dtype=torch.float64)
+def statistics_by_hand(attn: Any, documents: list[torch.Tensor], theta: float, window: int) -> list[torch.Tensor]:
+    """Weight times distance and weight of what lies beyond the window, and entropy: sums over all tokens, [Hq]."""
+    reach, mass, entropy = torch.zeros(3, attn.config.num_attention_heads, dtype=torch.float64)
     for document in documents:
         for h, rows in enumerate(attention_by_hand(attn, document, theta)):
             for t, weights in enumerate(rows):
-                distance[h] += sum(float(w) * (t - i) for i, w in enumerate(weights))
+                for i, w in enumerate(weights):
+                    if t - i >= window:
+                        reach[h] += float(w) * (t - i)
+                        mass[h] += float(w)
                 if t > 0:
                     entropy[h] -= sum(float(w) * math.log(float(w)) for w in weights) / math.log(t + 1)
-    tokens = sum(len(document) for document in documents)
-    return distance / tokens, entropy / tokens
+    return [reach, mass, entropy]
 
 
 BATCHES: dict[str, tuple[dict[str, torch.Tensor], list[tuple[int, slice]]]] = {
@@ -105,16 +106,17 @@ BATCHES: dict[str, tuple[dict[str, torch.Tensor], list[tuple[int, slice]]]] = {
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-def test_statistics_of_attention_by_hand(student: Any, kind: str) -> None:
-    model, (batch, places) = student("gla"), BATCHES[kind]
+@pytest.mark.parametrize("window", [0, 4])
+def test_statistics_of_attention_by_hand(student: Any, kind: str, window: int) -> None:
+    model, (batch, places) = student("composed", decay="scalar", window=window), BATCHES[kind]
     for attn, x, given, _ in seen(model, batch):
         with torch.no_grad():
             found = attention_statistics(attn, x, given["position_embeddings"], given["linearize_batch"])
             documents = [x[row, columns] for row, columns in places]
-            expected = statistics_by_hand(attn, documents, model.config.rope_parameters["rope_theta"])
+            expected = statistics_by_hand(attn, documents, model.config.rope_parameters["rope_theta"], window)
         for result, truth in zip(found, expected, strict=True):
-            torch.testing.assert_close(result.double(), truth, atol=1e-5, rtol=1e-5)
-        assert (found[0] > 0.1).all() and (found[1] > 0.1).all() and (found[1] < 1).all()
+            torch.testing.assert_close(result.double(), truth, atol=1e-4, rtol=1e-5)
+        assert all((sums > 1).all() for sums in found) and (found[1] < sum(map(len, documents)) + 1e-3).all()
 
 
 def test_statistics_of_long_rows_are_taken_in_blocks(student: Any) -> None:
@@ -127,10 +129,16 @@ def test_statistics_of_long_rows_are_taken_in_blocks(student: Any) -> None:
             scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, dim=2)) * attn.head_dim**-0.5
             age = torch.arange(300)[:, None] - torch.arange(300)[None]
             weights = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
-        distance = (weights * age).sum(-1).mean((0, 2))
         entropy = torch.special.entr(weights).sum(-1)[..., 1:] / torch.arange(2, 301).log()
-        torch.testing.assert_close(found[0], distance, atol=1e-3, rtol=1e-5)
-        torch.testing.assert_close(found[1], entropy.sum((0, 2)) / 300, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[0], (weights * age).sum((0, 2, 3)), atol=0.3, rtol=1e-5)
+        torch.testing.assert_close(found[1], torch.full((len(found[1]),), 300.0), atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(found[2], entropy.sum((0, 2)), atol=3e-3, rtol=1e-5)
+
+
+def test_heads_that_never_see_past_their_window_remember_it(student: Any) -> None:
+    model = student("composed", decay="scalar", window=16)
+    for found in calibrate(model, find_llama(), [{"input_ids": ids(2, 12)}]).values():
+        assert (found.distance == 16).all()
 
 
 def test_batches_count_by_their_tokens(student: Any) -> None:

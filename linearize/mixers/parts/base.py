@@ -36,7 +36,9 @@ class Calibration:
     """What was measured on the teacher's softmax attention of one layer, all float32 `[Hq]`."""
 
     distance: torch.Tensor
-    """Mean distance in tokens between a query and what it attends to, weighted by attention."""
+    """Mean distance in tokens between a query and what it attends to beyond the mixer's window, weighted by
+    attention.
+    """
     entropy: torch.Tensor
     """Mean entropy of the attention weights over the logarithm of how many tokens are visible: 0 one token, 1
     uniform.

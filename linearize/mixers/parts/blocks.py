@@ -68,6 +68,10 @@ class BlockMixer(Mixer):
     def inits(self) -> dict[str, Init]:
         return part_inits(self)
 
+    @property
+    def exact(self) -> int:
+        return self.config.window
+
     def calibrate(self, measured: Calibration) -> None:
         """Set what the parts can set from the teacher's attention."""
         calibrate_parts(self, measured)
