@@ -89,14 +89,15 @@ def _stages(arguments: argparse.Namespace, model: Any) -> list:
 
     from linearize import Recipe
     from linearize.pipeline import stages_of
+    from linearize.registry import family_of
 
-    model_type = model.config.model_type.removeprefix("linearized_")
+    family = family_of(model.config)
     written = Path(arguments.path or "") / "recipe.yaml"
     if arguments.path is None:
-        return stages_of(Recipe.load(f"default/{arguments.mixer or 'lolcats'}", model="demo").stages, model_type)
+        return stages_of(Recipe.load(f"default/{arguments.mixer or 'lolcats'}", model="demo").stages, family)
     if not written.is_file():
         return []
-    return stages_of(yaml.safe_load(written.read_text())["stages"], model_type, trusted=False)
+    return stages_of(yaml.safe_load(written.read_text())["stages"], family, trusted=False)
 
 
 def _model(arguments: argparse.Namespace) -> Any:

@@ -171,7 +171,9 @@ def bench(
     measured = measured or (lambda report: None)
     for length in lengths:
         release()
-        ids = torch.randint(student.config.vocab_size, (batch_size, length), generator=generator).to(device)
+        ids = torch.randint(student.config.get_text_config().vocab_size, (batch_size, length), generator=generator).to(
+            device
+        )
         runs: dict[str, list[tuple[float, float, int]]] = {path: [] for path in paths}
         peaks: dict[str, int] = {}
         for repeat in range(repeats + 1):
@@ -216,7 +218,7 @@ def random_model(
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        linearized(model, config.model_type, {"mixers": [settings], "layers": [0] * config.num_hidden_layers})
+        linearized(model, {"mixers": [settings], "layers": [0] * config.get_text_config().num_hidden_layers})
     for name, attention in swapped(model).items():
         attention.mixer.initialise(f"{name}.mixer", seed)
     return model.eval()

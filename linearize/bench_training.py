@@ -53,7 +53,9 @@ def time_stages(
         seed: of the random tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(
+        model.device
+    )
     for stage in stages:
         release()
         yield _time_stage(model, stage, ids, repeats)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -94,21 +94,25 @@ class KeptAttention(nn.Module):
     """What a swap adds to the attention class of a kept layer, in front of it in the method resolution order."""
 
     kept: Kept
+    family: type[Family]
     teacher: bool
     query_scale: QueryScale | None
+    names: ClassVar[tuple[str, ...]]
+    """Names of the arguments of the family's attention, in order."""
 
-    def forward(self, hidden_states: torch.Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.teacher:
-            return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+            return super().forward(*args, **kwargs)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if not self.kept.rope:
-            cos, sin = position_embeddings
-            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
+            cos, sin = given["position_embeddings"]
+            given["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
         if self.query_scale is None:
-            return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+            return super().forward(**given)
         assert self.kept.log_scale is not None
         self.query_scale.bind()
-        self.query_scale.factor = log_length(kwargs["position_ids"], self.kept.log_scale)
+        self.query_scale.factor = log_length(given["position_ids"], self.kept.log_scale)
         try:
-            return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+            return super().forward(**given)
         finally:
             self.query_scale.factor = None

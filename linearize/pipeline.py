@@ -32,7 +32,7 @@ from linearize.hf.load import load, load_config
 from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
-from linearize.registry import find
+from linearize.registry import family_of, find
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 from linearize.training.processes import is_main, wait_for_all
@@ -80,7 +80,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         trust_remote_code=recipe.model.trust_remote_code,
         revision=recipe.model.revision,
     )
-    stages = stages_of(recipe.stages, plan.family)
+    stages = stages_of(recipe.stages, family_of(model.config))
     lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
     data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]
     swap(model, plan, recipe.seed)
@@ -119,9 +119,9 @@ def plan_of(recipe: Recipe) -> Plan:
     config = load_config(recipe.resolved_model(), trust_remote_code=source.trust_remote_code, revision=source.revision)
     plan = make_plan(recipe, config)
     with torch.device("meta"):
-        skeleton = find("families", plan.family, Family).model_class(copy.deepcopy(config))
-        linearized(skeleton, plan.family, plan.description())
-    for stage in stages_of(recipe.stages, plan.family):
+        skeleton = family_of(config).model_class(copy.deepcopy(config))
+        linearized(skeleton, plan.description())
+    for stage in stages_of(recipe.stages, family_of(config)):
         stage.check(skeleton)
     return plan
 
@@ -141,22 +141,18 @@ def outline(recipe: Recipe, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def stages_of(settings: Sequence[Mapping[str, Any]], family: str, *, trusted: bool = True) -> list[Stage]:
+def stages_of(settings: Sequence[Mapping[str, Any]], family: type[Family], *, trusted: bool = True) -> list[Stage]:
     """The stages that `settings` describe, as `Recipe.stages` has them, ready to run on a model of `family`.
 
     `trusted` is False where the settings come from a checkpoint, see `registry.find`.
     """
-    architecture = find("families", family, Family)
     classes = [find("stages", values["type"], Stage, trusted=trusted) for values in settings]
-    return [
-        stage(stage.Config.model_validate(values), architecture)
-        for stage, values in zip(classes, settings, strict=True)
-    ]
+    return [stage(stage.Config.model_validate(values), family) for stage, values in zip(classes, settings, strict=True)]
 
 
 def swap(model: Any, plan: Plan, seed: int) -> None:
     """Put the plan's mixers into a source model, in place, and fill their parameters."""
-    linearized(model, plan.family, plan.description())
+    linearized(model, plan.description())
     for name, attn in swapped(model).items():
         attn.mixer.initialise(f"{name}.mixer", seed)
 
@@ -166,7 +162,7 @@ def calibrated(model: Any, plan: Plan, recipe: Recipe, tokenizer: Any) -> None:
     rows = prepare(recipe.data, tokenizer)
     count = min(max(1, recipe.init.tokens // rows.seq_len), len(rows))
     batches = [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
-    calibrate(model, find("families", plan.family, Family), batches)
+    calibrate(model, batches)
 
 
 def default_device(wanted: str) -> str:

@@ -21,7 +21,7 @@ from linearize.families.base import Family
 from linearize.kept import AS_IN_SOURCE, Kept
 from linearize.mixers.base import Context, HeadShape, Mixer
 from linearize.recipe import Recipe, mixer_config
-from linearize.registry import find
+from linearize.registry import family_of, find
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
     """
     if getattr(config, "linearize", None) is not None:
         raise UserError(f"{recipe.model.name} is a converted model already; convert the model that it was made from")
-    family = find("families", config.model_type, Family)
-    depth = config.num_hidden_layers
+    family = family_of(config)
+    depth = config.get_text_config().num_hidden_layers
     chosen = choose_layers(recipe.layers, depth)
     _check_stages(recipe)
     mixer_class = find("mixers", recipe.mixer["type"], Mixer)
@@ -156,7 +156,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         mixer={"type": recipe.mixer["type"], **dataclasses.asdict(settings)},
         layers=tuple(layers),
         source_parameters=source_parameters,
-        concerns=tuple(family.concerns(config)),
+        concerns=tuple(family.concerns(config, chosen)),
         dtype=str(dtype).removeprefix("torch."),
         kept=kept,
     )

@@ -12,9 +12,12 @@ import inspect
 import pkgutil
 import sys
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from linearize.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from linearize.families.base import Family
 
 T = TypeVar("T")
 
@@ -61,6 +64,15 @@ def find(package: str, key: str, base: type[T], *, trusted: bool = True) -> type
         hint = did_you_mean(key, known)
         raise UserError(f"unknown {_one(package)} {key!r}{hint}; `module:Class` names your own")
     return _only_class(importlib.import_module(f"linearize.{package}.{key}"), base)
+
+
+def family_of(config: Any) -> type[Family]:
+    """The family of a model with this Hugging Face configuration, converted or not.
+
+    Raises:
+        UserError: when its `model_type`, or that of its language tower, has no family file.
+    """
+    return find_class("families", config.model_type.removeprefix("linearized_")).of(config, find_class)  # type: ignore[attr-defined]
 
 
 def find_class(package: str, key: str, *, trusted: bool = True) -> type:

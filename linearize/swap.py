@@ -7,10 +7,12 @@ source checkpoint therefore keeps its name. Layers that keep their softmax are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from linearize.families.base import Family
 from linearize.hf.cache import state_layer
 from linearize.kept import AS_IN_SOURCE, Kept, KeptAttention, QueryScale
 from linearize.mixers.base import Context, Find, Mixer, State, config_from_dict
+from linearize.ops.layout import expand_heads
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Batch:
         return Batch(None, None if self.documents is None else self.documents[:, :tokens], None, None)
 
 
+NO_BATCH = Batch(None, None, None, None)
+"""Nothing is padded, and every row is one document."""
+
+
 def read_batch(
     attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, rows: int, tokens: int, has_past: bool
 ) -> Batch:
@@ -61,13 +68,13 @@ def read_batch(
     """
     if attention_mask is not None:
         if attention_mask.ndim != 2:
-            return Batch(None, None, None, None)
+            return NO_BATCH
         return _padded(attention_mask[:, -tokens:].bool())
     if position_ids is None or has_past or position_ids.ndim != 2:
-        return Batch(None, None, None, None)
+        return NO_BATCH
     begins = position_ids[:, 1:] - position_ids[:, :-1] != 1
     if not begins.any():
-        return Batch(None, None, None, None)
+        return NO_BATCH
     documents = torch.nn.functional.pad(begins.cumsum(1), (1, 0))
     return Batch(None, documents.expand(rows, -1), None, None)
 
@@ -76,11 +83,24 @@ def _padded(mask: torch.Tensor) -> Batch:
     if mask.shape[1] == 1 and torch.compiler.is_compiling():
         return Batch(mask, None, None, None)  # a compiled decoding step cannot branch on data
     if mask.all():
-        return Batch(None, None, None, None)
+        return NO_BATCH
     if not (mask[:, 1:] & ~mask[:, :-1]).any():
         return Batch(mask, None, None, None)
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     return Batch(mask.gather(1, order), None, order, torch.argsort(order, dim=1))
+
+
+class Call(NamedTuple):
+    """What a decoder layer gave its attention module."""
+
+    x: torch.Tensor
+    """[B, T, C] the layer's input."""
+    position: Any
+    """The family's `position_embeddings`, or None."""
+    cache: Any
+    """The model's cache, or None."""
+    batch: Batch
+    """What the base model knows about the batch."""
 
 
 class SwappedAttention(nn.Module):
@@ -89,64 +109,96 @@ class SwappedAttention(nn.Module):
     mixer: Mixer
     family: type[Family]
     teacher: bool
+    names: ClassVar[tuple[str, ...]]
+    """Names of the arguments of the family's attention, in order."""
+
+    def given(self, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+        """Read the arguments of a forward call, which architectures name and order differently."""
+        all_given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        return Call(
+            all_given["hidden_states"],
+            all_given.get("position_embeddings"),
+            all_given.get("past_key_values", all_given.get("layer_past")),
+            all_given.get("linearize_batch") or NO_BATCH,
+        )
 
     def heads(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        x: torch.Tensor,
+        position: Any,
         batch: Batch,
         state: State | None = None,
         values: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, State]:
         """The mixer's head outputs [B, T, Hq, V], before the output projection, and its state.
 
-        `values` [B, T, Hkv, V'] replace the layer's own: one-hot values read out the mixing matrix.
+        Args:
+            x: [B, T, C] the layer's input.
+            position: what the family's `rotate` reads.
+            batch: padding and documents.
+            state: the mixer's state before these tokens.
+            values: [B, T, Hkv, V'] that replace the layer's own: one-hot values read out the mixing matrix.
         """
-        q, k, v = self.family.project(self, hidden_states)
+        q, k, v = self.family.project(self, x)
         v = v if values is None else values
-        cos, sin = position_embeddings
         if batch.order is not None:
-            order = batch.order
-            q, k, v, x = (reordered(t, order) for t in (q, k, v, hidden_states))
-            cos, sin = (reordered(t.expand(order.shape[0], -1, -1), order) for t in (cos, sin))
-        else:
-            x = hidden_states
+            q, k, v, x = (reordered(t, batch.order) for t in (q, k, v, x))
+            position = self.family.position_at(position, batch.order)
 
         def rotary(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.family.rotate(q, k, cos, sin)
+            return self.family.rotate(self, q, k, position)
 
         y, state = self.mixer(q, k, v, x, Context(rotary, batch.mask, batch.documents), state)
         return (y if batch.inverse is None else reordered(y, batch.inverse)), state
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        linearize_batch: Batch | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, *args: Any, linearize_batch: Batch | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
         if self.teacher:
-            return super().forward(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        batch = linearize_batch or Batch(None, None, None, None)
-        memory = None if past_key_values is None else state_layer(past_key_values, int(self.layer_idx))  # type: ignore[arg-type]
+            return super().forward(*args, **kwargs)
+        x, position, cache, batch = self.given(args, {**kwargs, "linearize_batch": linearize_batch})
+        memory = None if cache is None else state_layer(cache, int(self.layer_idx))  # type: ignore[arg-type]
         state = None if memory is None else memory.state
-        y, state = self.heads(hidden_states, position_embeddings, batch, state)
+        y, state = self.heads(x, position, batch, state)
         if memory is not None:
 
             def replay(past: State | None, tokens: int) -> State:
-                rotary = tuple(t[:, :tokens] for t in position_embeddings)
-                return self.heads(hidden_states[:, :tokens], rotary, batch.head(tokens), past)[1]
+                first = torch.arange(tokens, device=x.device).expand(x.shape[0], -1)
+                return self.heads(x[:, :tokens], self.family.position_at(position, first), batch.head(tokens), past)[1]
 
-            memory.advance(state, hidden_states.shape[1], replay)
-        return self.family.output_projection(self)(y.flatten(-2).to(hidden_states.dtype)), None
+            memory.advance(state, x.shape[1], replay)
+        return self.family.output(self, y.flatten(-2).to(x.dtype)), None
+
+
+See = Callable[[str, SwappedAttention, Call, torch.Tensor, torch.Tensor], None]
+"""Looks into a layer, see `run_teacher`."""
+
+
+def teacher_logits(attn: SwappedAttention, call: Call, queries: slice = slice(None)) -> torch.Tensor:
+    """The source's softmax logits [B, Hq, T', T] of these queries over all keys, float32, -inf where they see nothing.
+
+    Real tokens come first in a row, as `batch` has them; scale, cap, reach and direction are the source's.
+    """
+    x, position, _, batch = call
+    shape = attn.mixer.shape
+    q, k, _ = attn.family.project(attn, x)
+    q, k = attn.family.rotate(attn, q, k, position)
+    if batch.order is not None:
+        q, k = reordered(q, batch.order), reordered(k, batch.order)
+    scores = torch.einsum("bihd,bjhd->bhij", q[:, queries].float(), expand_heads(k, q.shape[2]).float()) * shape.scale
+    if shape.softcap is not None:
+        scores = shape.softcap * (scores / shape.softcap).tanh()
+    place = torch.arange(x.shape[1], device=x.device)
+    age = place[queries, None] - place[None, :]
+    seen = torch.ones_like(age, dtype=torch.bool)
+    if shape.causal:
+        seen = age >= 0
+    if shape.reach is not None:
+        seen = seen & (age.abs() < shape.reach)
+    seen = seen[None]
+    if batch.documents is not None:
+        seen = seen & (batch.documents[:, queries, None] == batch.documents[:, None, :])
+    if batch.mask is not None and not shape.causal:
+        seen = seen & (batch.mask[:, None, :] | (age == 0))
+    return scores.masked_fill(~seen[:, None], float("-inf"))
 
 
 def reordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -170,6 +222,7 @@ def swap_layers(
             continue
         assert type(attn) is family.attention_class, f"layer {layer} is already swapped: {type(attn)}"
         attn.teacher = False  # type: ignore[assignment]
+        attn.family = family  # type: ignore[assignment]
         if spec is None:
             scale = None if kept.log_scale is None else QueryScale(attn, family)
             attn.kept, attn.query_scale = kept, scale  # type: ignore[assignment]
@@ -177,7 +230,6 @@ def swap_layers(
             continue
         mixer_class, config = spec
         attn.mixer = mixer_class(config, family.shape(model.config, layer))
-        attn.family = family  # type: ignore[assignment]
         attn.__class__ = _extended(SwappedAttention, "Linearized", family)
     if any(spec is not None for spec in specs):
         family.base_model(model).register_forward_pre_hook(_attach_batch, with_kwargs=True)
@@ -190,17 +242,25 @@ def _extended(front: type, prefix: str, family: type[Family]) -> type:
     """The family's attention class with `front` before it."""
     attention = family.attention_class
     if (front, attention) not in _EXTENDED:
-        _EXTENDED[front, attention] = type(f"{prefix}{attention.__name__}", (front, attention), {})
+        facts = {"names": _positional(attention.forward)}  # type: ignore[attr-defined]
+        _EXTENDED[front, attention] = type(f"{prefix}{attention.__name__}", (front, attention), facts)
     return _EXTENDED[front, attention]
 
 
+@cache
+def _positional(function: Any) -> tuple[str, ...]:
+    """Names of the arguments that a method takes by position, without self."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self")
+
+
 def _attach_batch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    inputs = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    past = kwargs.get("past_key_values")
+    given = {**dict(zip(_positional(type(module).forward), args, strict=False)), **kwargs}
+    inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    past = given.get("past_key_values")
     has_past = past is not None and past.get_seq_length() > 0
-    rows, tokens = inputs.shape[:2]
-    batch = read_batch(mask, kwargs.get("position_ids"), rows, tokens, has_past)
+    rows, tokens = inputs.shape[:2]  # type: ignore[union-attr]
+    batch = read_batch(given.get("attention_mask"), given.get("position_ids"), rows, tokens, has_past)
     return args, {**kwargs, "linearize_batch": batch}
 
 
@@ -223,6 +283,40 @@ def teacher_path(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.teacher = value
+
+
+def run_teacher(model: nn.Module, inputs: Mapping[str, torch.Tensor], see: See) -> None:
+    """Run the softmax teacher's body, and look into each swapped layer as it passes.
+
+    Args:
+        model: a converted model.
+        inputs: what the base model takes: input_ids [B, T], and where they apply position_ids and attention_mask.
+        see: called with (full name, attention, call, heads [B, T, Hq * V], output [B, T, C]) after each layer's
+            attention: what it was given, the teacher's head outputs, and what it returned.
+    """
+    heads: dict[str, torch.Tensor] = {}
+    hooks = []
+    layers = swapped(model)
+    for name, attn in layers.items():
+
+        def keep(module: nn.Module, args: tuple, name: str = name) -> None:
+            heads[name] = args[0]
+
+        def after(attn: Any, args: tuple, kwargs: dict[str, Any], output: Any, name: str = name) -> None:
+            see(name, attn, attn.given(args, kwargs), heads.pop(name, output[0]), output[0])
+            heads.pop(name, None)  # `see` may have run the projection; what stayed would keep a graph per layer alive
+
+        if (projection := attn.family.output_projection(attn)) is not None:
+            hooks.append(projection.register_forward_pre_hook(keep))
+        hooks.append(attn.register_forward_hook(after, with_kwargs=True))
+    family = next(iter(layers.values())).family
+    options = {"use_cache": False} if family.causal else {}
+    try:
+        with teacher_path(model):
+            family.base_model(model)(**inputs, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def mixer_specs(description: Mapping[str, Any], find: Find) -> list[tuple[type[Mixer], Any] | None]:

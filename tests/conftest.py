@@ -87,7 +87,7 @@ def pico_model(pico_config: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def converted(pico_model: Callable[..., Any]) -> Callable[..., Any]:
-    """Factory (mixer key, layers="LLL", seed=0, settings=None, **config overrides) -> converted pico model.
+    """Factory (mixer key, layers="LLL", seed=0, settings=None, family="llama", **config overrides) -> converted model.
 
     `layers` has one letter per layer, L for the mixer and S for the softmax layer that stays. Windows are 8
     tokens and chunks 16, so that short tests cross both; the mixer's parameters are moved away from their
@@ -98,11 +98,21 @@ def converted(pico_model: Callable[..., Any]) -> Callable[..., Any]:
     from linearize.hf.auto import linearized
     from linearize.swap import swapped
 
-    def make(key: str, layers: str = "L" * LAYERS, seed: int = 0, settings: Any = None, **overrides: Any) -> Any:
-        model = pico_model(seed, num_hidden_layers=len(layers), **overrides)
+    def make(
+        key: str,
+        layers: str = "L" * LAYERS,
+        seed: int = 0,
+        settings: Any = None,
+        family: str = "llama",
+        **overrides: Any,
+    ) -> Any:
+        import pico
+
+        overrides = {"num_hidden_layers": len(layers), **overrides}
+        model = pico_model(seed, **overrides) if family == "llama" else pico.pico_model(family, seed, **overrides)
         mixer = {**small_mixer(key), **(settings or {})}
         index = [0 if letter == "L" else None for letter in layers]
-        linearized(model, "llama", {"mixers": [mixer], "layers": index})
+        linearized(model, {"mixers": [mixer], "layers": index})
         noise = torch.Generator().manual_seed(seed)
         for name, attn in swapped(model).items():
             attn.mixer.initialise(f"{name}.mixer", seed=seed)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from trainable import find_llama
 from transformers import DynamicCache
 
 from linearize import bench as module
@@ -89,7 +90,7 @@ def test_peak_sees_memory_that_is_freed_again():
 
 def test_training_steps_are_timed_beside_the_teachers(converted):
     model = converted("lolcats")
-    stages = stages_of(Recipe.load("demo/lolcats", model="demo").stages, "llama")
+    stages = stages_of(Recipe.load("demo/lolcats", model="demo").stages, find_llama())
     seen = []
     report = bench(
         model,
@@ -123,7 +124,7 @@ def test_random_model_from_a_config_is_swapped_and_initialised(pico_config, tmp_
 
 def test_a_checkpoints_recipe_runs_no_code():
     with pytest.raises(UserError, match="'antigravity:Stage' is code outside this toolkit"):
-        stages_of([{"type": "antigravity:Stage"}], "llama", trusted=False)
+        stages_of([{"type": "antigravity:Stage"}], find_llama(), trusted=False)
     assert "antigravity" not in sys.modules
 
 

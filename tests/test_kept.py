@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from hf.test_export import in_clean_process, logits
@@ -36,7 +37,7 @@ def changed(model: Any, kept: Kept, layers: str = "LSS") -> Any:
     """The model with gla in its L layers, and its S layers changed."""
     index = [0 if letter == "L" else None for letter in layers]
     described = {"mixers": [{"type": "gla"}], "layers": index, "kept": {"rope": kept.rope, "log_scale": kept.log_scale}}
-    linearized(model, "llama", described)
+    linearized(model, described)
     for name, attn in swapped(model).items():
         attn.mixer.initialise(f"{name}.mixer", seed=0)
     return model.eval()
@@ -85,11 +86,9 @@ def seen_by(model: Any, layer: int, **options: Any) -> tuple[torch.Tensor, torch
 
 @pytest.mark.parametrize("family", registry.keys("families"))
 @torch.no_grad()
-def test_by_default_nothing_changes(pico_model: Any, pico_config: Any, family: str) -> None:
-    cls = registry.find("families", family, Family)
-    torch.manual_seed(0)
-    model = cls.model_class(cls.config_class(**{k: v for k, v in pico_config().to_dict().items() if k != "model_type"}))
-    expected = model.eval()(ids()).logits
+def test_by_default_nothing_changes(family: str) -> None:
+    cls, model = pico.find_family(family), pico.pico_model(family)
+    expected = model(ids()).logits
     swap_layers(model, cls, [None] * 3, Kept())
     assert not any(isinstance(m, KeptAttention) for m in model.modules())
     assert torch.equal(model(ids()).logits, expected)
@@ -257,7 +256,7 @@ def test_a_recipe_that_keeps_no_layer_cannot_change_kept_layers() -> None:
 
 def test_a_family_without_queries_of_their_own_is_refused(pico_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = registry.find("families", "llama", Family)
-    monkeypatch.setattr(llama, "query_module", staticmethod(lambda attn: None))
+    monkeypatch.setattr(llama, "query_module", classmethod(lambda cls, attn: None))
     recipe = Recipe.load("demo/lightning_h")
     with pytest.raises(UserError, match="kept.log_scale: 1024 cannot be had on a llama model"):
         make_plan(recipe, pico_config())

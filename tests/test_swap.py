@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from pico import cases, find_family, pico_model
 
 from linearize import registry
-from linearize.families.base import Family
 from linearize.hf.auto import find_class, linearized
 from linearize.mixers.base import Mixer
 from linearize.swap import Batch, mixer_specs, read_batch, swap_layers, swapped, teacher_path
@@ -17,39 +17,18 @@ every_family = pytest.mark.parametrize("family", registry.keys("families"))
 
 NOTHING = Batch(None, None, None, None)
 
-SIZES = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "initializer_range",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-}
-"""The settings of the pico model that mean the same in every family."""
+every_case = pytest.mark.parametrize(("family", "key", "_"), cases(("",)))
 
 
 @pytest.fixture
-def source(pico_config: Any) -> Callable[[str], Any]:
+def source() -> Callable[[str], Any]:
     """Factory (family key) -> the family's causal LM in pico sizes, eval mode; the same on every call."""
-
-    def make(key: str) -> Any:
-        family = registry.find("families", key, Family)
-        torch.manual_seed(0)
-        sizes = {k: v for k, v in pico_config().to_dict().items() if k in SIZES}
-        return family.model_class(family.config_class(**sizes)).eval()
-
-    return make
+    return pico_model
 
 
 def convert(model: Any, family: str, key: str, layers: str = "LSL") -> Any:
     index = [0 if letter == "L" else None for letter in layers]
-    linearized(model, family, {"mixers": [{"type": key}], "layers": index})
+    linearized(model, {"mixers": [{"type": key}], "layers": index})
     for name, attn in swapped(model).items():
         attn.mixer.initialise(f"{name}.mixer", seed=0)
     return model
@@ -71,18 +50,17 @@ def test_keeping_every_layer_keeps_the_logits_bit_for_bit(source: Any, family: s
     model, ids = source(family), prompt()
     mask = left_padding(ids)
     expected = [model(ids).logits, model(ids, attention_mask=mask).logits]
-    swap_layers(model, registry.find("families", family, Family), [None] * 3)
+    swap_layers(model, find_family(family), [None] * 3)
     assert not swapped(model)
-    kept = linearized(source(family), family, {"mixers": [], "layers": [None] * 3})
+    kept = linearized(source(family), {"mixers": [], "layers": [None] * 3})
     for same in (model, kept):
         logits = [same(ids).logits, same(ids, attention_mask=mask).logits]
         assert all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True))
 
 
-@every_family
-@every_mixer
+@every_case
 @torch.no_grad()
-def test_the_teacher_path_is_the_source_bit_for_bit(source: Any, family: str, key: str) -> None:
+def test_the_teacher_path_is_the_source_bit_for_bit(source: Any, family: str, key: str, _: str) -> None:
     teacher, student, ids = source(family), convert(source(family), family, key), prompt()
     packed = torch.cat([torch.arange(9), torch.arange(12)])[None].expand(2, -1)
     options: list[dict[str, Any]] = [
@@ -113,9 +91,8 @@ def test_the_teacher_path_ends_with_its_context(source: Any, key: str) -> None:
     assert torch.equal(student(ids).logits, before) and not torch.equal(before, teacher)
 
 
-@every_family
-@every_mixer
-def test_a_swap_changes_no_tensor_of_the_source(source: Any, family: str, key: str) -> None:
+@every_case
+def test_a_swap_changes_no_tensor_of_the_source(source: Any, family: str, key: str, _: str) -> None:
     model = source(family)
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: tensor.clone() for name, tensor in before.items()}
@@ -124,7 +101,7 @@ def test_a_swap_changes_no_tensor_of_the_source(source: Any, family: str, key: s
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert all(after[name] is tensor and torch.equal(tensor, values[name]) for name, tensor in before.items())
     assert names <= set(model.state_dict())
-    modules = list(registry.find("families", family, Family).attentions(model))
+    modules = list(find_family(family).attentions(model))
     assert list(swapped(model)) == [modules[0], modules[2]]
     prefixes = tuple(f"{name}.mixer." for name in swapped(model))
     assert all(name.startswith(prefixes) for name in set(after) - set(before))
@@ -140,10 +117,9 @@ def test_a_subset_of_layers_starts_with_the_same_tensors(source: Any, key: str) 
                 assert torch.equal(tensor, everything[f"{name}.mixer.{tail}"])
 
 
-@every_family
-@every_mixer
+@every_case
 @torch.no_grad()
-def test_one_hot_values_read_out_the_mixing_matrix(source: Any, family: str, key: str) -> None:
+def test_one_hot_values_read_out_the_mixing_matrix(source: Any, family: str, key: str, _: str) -> None:
     T = 80
     model, ids, found = convert(source(family), family, key), prompt(2, T), []
     first = next(iter(swapped(model).values()))
@@ -151,8 +127,8 @@ def test_one_hot_values_read_out_the_mixing_matrix(source: Any, family: str, key
         return
 
     def read(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        given = (x, kwargs["position_embeddings"], kwargs["linearize_batch"])
+        call = first.given(args, kwargs)
+        x, given = call.x, (call.x, call.position, call.batch)
         _, _, v = first.family.project(first, x)
         one_hot = torch.eye(T)[None, :, None].expand(2, -1, v.shape[2], -1)
         y, _ = first.heads(*given)

@@ -65,7 +65,7 @@ def classes(model_type: str) -> tuple[type, type]:
 def _saves_code(save: Any, model_type: str) -> Any:
     @wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        files = bundle(model_type, self.config.linearize["mixers"])
+        files = bundle(self.config)
         self.config.auto_map = auto_map(model_type)
         save(self, save_directory, *args, **kwargs)
         for name, text in files.items():
@@ -77,23 +77,23 @@ def _saves_code(save: Any, model_type: str) -> Any:
 @cache
 def register() -> None:
     """Register the classes of every family with the Auto classes; later calls do nothing."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     for key in registry.keys("families"):
         config_class, model_class = classes(key)
-        AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
-        AutoModelForCausalLM.register(config_class, model_class)
+        transformers.AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
+        auto: Any = getattr(transformers, registry.find("families", key, Family).auto_class)
+        auto.register(config_class, model_class)
 
 
-def linearized(model: Any, model_type: str, description: Mapping[str, Any]) -> Any:
+def linearized(model: Any, description: Mapping[str, Any]) -> Any:
     """Turn a loaded source model, in place, into its converted class and put its mixers in.
 
     Every tensor of the source stays the same object under the same name. The mixers' new parameters have the
     model's dtype and their layer's device, and no values yet: call `Mixer.initialise` on each.
 
     Args:
-        model: an instance of the family's causal LM class, on any device.
-        model_type: the family's key.
+        model: an instance of a family's model class, on any device.
         description: what the config will say, see `linearize.swap.mixer_specs`.
 
     Returns:
@@ -104,8 +104,8 @@ def linearized(model: Any, model_type: str, description: Mapping[str, Any]) -> A
         ValueError: for settings that the mixer rejects.
     """
     register()  # so that the Auto classes know the model's config from now on
-    family = registry.find("families", model_type, Family)
-    config_class, model_class = classes(model_type)
+    family = registry.family_of(model.config)
+    config_class, model_class = classes(model.config.model_type)
     with trusting(True):  # the description comes from a recipe, not from a checkpoint
         specs = mixer_specs(description, find_class)
     found: type = type(model)
@@ -115,6 +115,6 @@ def linearized(model: Any, model_type: str, description: Mapping[str, Any]) -> A
     model.config.linearize = dict(description)
     swap_layers(model, family, specs, kept_of(description))
     for attn in swapped(model).values():
-        out: Any = family.output_projection(attn)
-        attn.mixer.to(device=out.weight.device, dtype=model.dtype)
+        own = (p for n, p in attn.named_parameters() if not n.startswith("mixer."))
+        attn.mixer.to(device=next(own).device, dtype=model.dtype)
     return model

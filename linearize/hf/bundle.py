@@ -1,6 +1,6 @@
 """Gathers the source code that a checkpoint needs to load with only torch and transformers installed.
 
-`bundle(model_type, mixers)` follows imports from the modeling file, one family and the mixers in use, and
+`bundle(config)` follows imports from the modeling file, one family and the mixers in use, and
 returns flat files: `linearize/ops/gla.py` becomes `ops_gla.py`, and its imports of other bundled modules
 become relative. Nothing else in a file changes. Imports are found in the syntax tree, never by pattern.
 """
@@ -27,7 +27,7 @@ PACKAGE = __name__.partition(".")[0]
 
 TEMPLATE = '''\
 # Written by {package} {version} (Apache-2.0).
-"""Loads this checkpoint: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`."""
+"""Loads this checkpoint: `{auto_class}.from_pretrained(folder, trust_remote_code=True)`."""
 
 {imports}
 
@@ -43,13 +43,14 @@ def find(package, key):
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """What `config.json` says about the bundled classes of converted `model_type` models."""
-    config_name, model_name = _class_names(registry.find("families", model_type, Family))
-    return {"AutoConfig": f"{ENTRY}.{config_name}", "AutoModelForCausalLM": f"{ENTRY}.{model_name}"}
+    """What `config.json` says about the bundled classes of converted models of this `model_type`."""
+    family = _family(model_type)
+    config_name, model_name = _class_names(family)
+    return {"AutoConfig": f"{ENTRY}.{config_name}", family.auto_class: f"{ENTRY}.{model_name}"}
 
 
-def bundle(model_type: str, mixers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Source files for a checkpoint of the family `model_type` with mixers of these settings, `type` among them.
+def bundle(config: Any) -> dict[str, str]:
+    """Source files for a checkpoint with this configuration of a converted model.
 
     Returns:
         File name -> content, `modeling_linearized.py` among them.
@@ -58,8 +59,11 @@ def bundle(model_type: str, mixers: Sequence[Mapping[str, Any]]) -> dict[str, st
         UserError: when a module that would be copied needs something besides the standard library, torch and
             transformers, or imports in a form that cannot be made flat.
     """
-    family = registry.find("families", model_type, Family)
-    found = {place: cls for mixer in mixers for place, cls in _classes(mixer)}
+    family = _family(config.model_type)
+    found = {place: cls for mixer in config.linearize["mixers"] for place, cls in _classes(mixer)}
+    text_type = config.get_text_config().model_type
+    if text_type != config.model_type and text_type in registry.keys("families"):
+        found["families", text_type] = registry.find("families", text_type, Family)
     build = f"{PACKAGE}.hf.modeling"
     roots = [build, family.__module__, *(cls.__module__ for cls in found.values())]
     files = _walk(roots)
@@ -78,6 +82,7 @@ def bundle(model_type: str, mixers: Sequence[Mapping[str, Any]]) -> dict[str, st
         config_name=config_name,
         model_name=model_name,
         family=family.__name__,
+        auto_class=family.auto_class,
     )
     return files
 
@@ -101,6 +106,11 @@ def is_bundled(path: Path) -> bool:
     """Whether a Python file was written by an export, as its first line says."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.readline().startswith((f"# Written by {PACKAGE} ", "# Copied from "))
+
+
+def _family(model_type: str) -> type[Family]:
+    """The family file of a source's or a converted model's `model_type`."""
+    return registry.find("families", model_type.removeprefix("linearized_"), Family)
 
 
 def _class_names(family: type[Family]) -> tuple[str, str]:

@@ -47,7 +47,8 @@ def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, 
     class Linearized(family.model_class):  # type: ignore[name-defined]
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
-            swap_layers(self, family, mixer_specs(config.linearize, find), kept_of(config.linearize))
+            specs = mixer_specs(config.linearize, find)
+            swap_layers(self, family.of(config, find), specs, kept_of(config.linearize))
             if not any(p.is_meta for p in self.parameters()):  # post_init ran before there were mixers
                 for attn in swapped(self).values():
                     self._init_mixer(attn.mixer)

@@ -14,14 +14,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from linearize.errors import UserError
-from linearize.families.base import Family
 from linearize.mixers.parts.base import Calibration
-from linearize.ops.layout import expand_heads
 from linearize.schema import Count, Strict
-from linearize.swap import Batch, SwappedAttention, reordered, swapped, teacher_path
+from linearize.swap import Call, See, SwappedAttention, run_teacher, swapped, teacher_logits
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -37,12 +34,11 @@ class InitConfig(Strict):
 
 
 @torch.no_grad()
-def calibrate(model: Any, family: type[Family], batches: Sequence[Inputs]) -> dict[str, Calibration]:
+def calibrate(model: Any, batches: Sequence[Inputs]) -> dict[str, Calibration]:
     """Calibrate every mixer of `model` in place.
 
     Args:
         model: a swapped model whose mixers have their declared initial values.
-        family: its architecture.
         batches: inputs of the base model: input_ids [B, T], and where they apply position_ids and attention_mask.
 
     Returns:
@@ -52,16 +48,15 @@ def calibrate(model: Any, family: type[Family], batches: Sequence[Inputs]) -> di
     sums: dict[str, torch.Tensor] = {}
     tokens = dict.fromkeys(layers, 0)
 
-    def measure(name: str, attn: SwappedAttention, x: torch.Tensor, given: dict[str, Any], _: torch.Tensor) -> None:
-        batch: Batch = given["linearize_batch"]
-        count = x.shape[:2].numel() if batch.mask is None else int(batch.mask.sum())
+    def measure(name: str, attn: SwappedAttention, call: Call, *_: torch.Tensor) -> None:
+        mask = call.batch.mask
+        count = call.x.shape[:2].numel() if mask is None else int(mask.sum())
         if not count:
             return
-        found = torch.stack(attention_statistics(attn, x, given["position_embeddings"], batch))
-        sums[name] = sums.get(name, 0) + found
+        sums[name] = sums.get(name, 0) + torch.stack(attention_statistics(attn, call))
         tokens[name] += count
 
-    watch(model, family, batches, measure)
+    watch(model, batches, measure)
     if not all(tokens.values()):
         raise UserError("the calibration got no tokens: every one of them is padding; give it other rows")
     found = {}
@@ -70,12 +65,12 @@ def calibrate(model: Any, family: type[Family], batches: Sequence[Inputs]) -> di
         distance = torch.where(mass > 0, reach / mass.clamp_min(1e-30), attn.mixer.exact)
         found[name] = Calibration(distance, entropy / tokens[name])
         attn.mixer.calibrate(found[name])
-    match_outputs(model, family, batches)
+    match_outputs(model, batches)
     return found
 
 
 @torch.no_grad()
-def match_outputs(model: Any, family: type[Family], batches: Sequence[Inputs]) -> None:
+def match_outputs(model: Any, batches: Sequence[Inputs]) -> None:
     """Set the factor per head of each recurrent branch by least squares on the teacher's head outputs.
 
     A layer's output is affine in the factor c: y(c) = y(0) + c (y(1) - y(0)), so c = <y* - y(0), d> / <d, d>, d = y(1)
@@ -83,16 +78,16 @@ def match_outputs(model: Any, family: type[Family], batches: Sequence[Inputs]) -
     """
     sums: dict[str, list[torch.Tensor]] = {}
 
-    def collect(name: str, attn: SwappedAttention, x: torch.Tensor, given: dict[str, Any], heads: torch.Tensor) -> None:
+    def collect(name: str, attn: SwappedAttention, call: Call, heads: torch.Tensor, _: torch.Tensor) -> None:
         scale = attn.mixer.output_scale
         if scale is None:
             return
         outputs = []
         for value in (0.0, 1.0):
             scale.fill_(value)
-            y, _ = attn.heads(x, given["position_embeddings"], given["linearize_batch"])
+            y = attn.heads(call.x, call.position, call.batch)[0]
             outputs.append(y.double())
-        teacher, real = heads.view_as(outputs[0]).double(), given["linearize_batch"].real
+        teacher, real = heads.view_as(outputs[0]).double(), call.batch.real
         without, direction = outputs[0], outputs[1] - outputs[0]
         if real is not None:
             teacher, without, direction = teacher[real], without[real], direction[real]  # [tokens, Hq, V]
@@ -100,43 +95,21 @@ def match_outputs(model: Any, family: type[Family], batches: Sequence[Inputs]) -
         found = [((teacher - without) * direction).sum(per_head), direction.square().sum(per_head)]
         sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
 
-    watch(model, family, batches, collect)
+    watch(model, batches, collect)
     for name, attn in swapped(model).items():
         if attn.mixer.output_scale is not None:
             product, square = sums[name]
             attn.mixer.output_scale.copy_(torch.where(square > 0, product / square.clamp_min(1e-30), 1.0))
 
 
-def watch(model: Any, family: type[Family], batches: Sequence[Inputs], see: Any) -> None:
-    """Run the teacher over batches and call `see(name, attention, x, kwargs, heads)` in each swapped layer.
-
-    x [B, T, C] is the layer's input, kwargs what its forward got, heads [B, T, Hq * V] the teacher's head outputs.
-    """
-    caught: dict[str, torch.Tensor] = {}
-    hooks = []
-    for name, attn in swapped(model).items():
-
-        def keep(module: nn.Module, args: tuple, name: str = name) -> None:
-            caught[name] = args[0]
-
-        def after(attn: Any, args: tuple, kwargs: dict[str, Any], output: Any, name: str = name) -> None:
-            see(name, attn, args[0] if args else kwargs["hidden_states"], kwargs, caught.pop(name))
-
-        hooks.append(family.output_projection(attn).register_forward_pre_hook(keep))
-        hooks.append(attn.register_forward_hook(after, with_kwargs=True))
-    try:
-        with teacher_path(model):
-            for batch in batches:
-                family.base_model(model)(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+def watch(model: Any, batches: Sequence[Inputs], see: See) -> None:
+    """Run the teacher over batches; see `linearize.swap.run_teacher`."""
+    for batch in batches:
+        run_teacher(model, {k: v.to(model.device) for k, v in batch.items()}, see)
 
 
-def attention_statistics(
-    attn: SwappedAttention, x: torch.Tensor, position_embeddings: Any, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What softmax attention does, from a layer's input x [B, T, C]; three sums over all real queries, each [Hq].
+def attention_statistics(attn: SwappedAttention, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What softmax attention does on what a layer was given; three sums over all real queries, each [Hq].
 
     Queries are taken in blocks, so memory is that of B x Hq x 256 x T weights. Documents are told apart, and padding is
     left out, wherever it is.
@@ -146,23 +119,18 @@ def attention_statistics(
         mass: the weight alone of the same.
         entropy: normalised entropy of all weights.
     """
-    q, k, _ = attn.family.project(attn, x)
-    q, k = attn.family.rotate(q, k, *position_embeddings)
-    if batch.order is not None:
-        q, k = reordered(q, batch.order), reordered(k, batch.order)
-    q, k = q.float(), expand_heads(k, q.shape[2]).float()
-    rows, tokens, heads = q.shape[:3]
+    x, batch = call.x, call.batch
+    tokens = x.shape[1]
     place = torch.arange(tokens, device=x.device)
-    documents = torch.zeros(rows, tokens, device=x.device) if batch.documents is None else batch.documents
-    real = torch.ones_like(documents, dtype=torch.bool) if batch.mask is None else batch.mask
-    reach, mass, entropy = q.new_zeros(3, heads)
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
+    reach, mass, entropy = torch.zeros(3, attn.mixer.shape.heads, device=x.device)
     for start in range(0, tokens, 256):
-        block = place[start : start + 256]
-        age = block[:, None] - place[None, :]
-        seen = ((age >= 0) & (documents[:, block, None] == documents[:, None, :]))[:, None]
-        scores = torch.einsum("bihd,bjhd->bhij", q[:, block], k) * attn.mixer.shape.scale
-        logs = scores.masked_fill(~seen, float("-inf")).log_softmax(-1)
-        weights, counted = logs.exp(), real[:, None, block].to(q.dtype)
+        block = slice(start, start + 256)
+        age = (place[block, None] - place[None, :]).abs()
+        logits = teacher_logits(attn, call, block)
+        seen = logits[:, :1].isfinite()
+        logs = logits.log_softmax(-1)
+        weights, counted = logs.exp(), real[:, None, block].float()
         far = weights * (age >= attn.mixer.exact)
         reach += ((far * age).sum(-1) * counted).sum((0, 2))
         mass += (far.sum(-1) * counted).sum((0, 2))

@@ -41,6 +41,12 @@ class HeadShape:
     """Size of the layer input, C."""
     scale: float
     """Factor on q.k inside the source model's softmax."""
+    softcap: float | None = None
+    """The source's logits are softcap * tanh(logit / softcap); None where they are not capped."""
+    reach: int | None = None
+    """Last tokens that the source's softmax sees, the query's own included; None for all."""
+    causal: bool = True
+    """Whether a query sees only tokens before it."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,8 @@ from torch import nn
 
 from linearize.errors import UserError
 from linearize.losses import cosine, mse, weight_cross_entropy
-from linearize.ops.layout import expand_heads
 from linearize.stages.base import Stage, select
-from linearize.swap import Batch as LayerBatch
-from linearize.swap import SwappedAttention, swapped, teacher_path
+from linearize.swap import Call, SwappedAttention, reordered, run_teacher, swapped, teacher_logits
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics
 
@@ -89,89 +87,50 @@ class AttentionTransfer(Stage):
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
         metrics: Metrics = {}
-        hooks = []
-        for attn in swapped(model).values():
-            probe = _Probe(self, weight, batch.get("attention_mask"), metrics)
-            if self.config.where == "heads":
-                hooks.append(self.family.output_projection(attn).register_forward_pre_hook(probe.see_heads))
-            hooks.append(attn.register_forward_hook(probe.see_layer, with_kwargs=True))
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        try:
-            with teacher_path(model), torch.no_grad():
-                self.family.base_model(model)(**inputs, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        mask = batch.get("attention_mask")
+        keep = None if mask is None else mask.bool()
+
+        def train(name: str, attn: SwappedAttention, call: Call, heads: torch.Tensor, output: torch.Tensor) -> None:
+            teacher = output if self.config.where == "output" else heads
+            with torch.enable_grad():
+                loss = self.layer_loss(attn, call, teacher, keep)
+                (loss * (weight * self.config.loss_scale)).backward()
+            metrics[f"layer_{attn.layer_idx}"] = loss.detach() * self.config.loss_scale
+
+        with torch.no_grad():
+            run_teacher(model, {k: v for k, v in batch.items() if k != "labels"}, train)
         metrics["loss"] = torch.stack(list(metrics.values())).mean()
         return metrics
 
     def layer_loss(
-        self,
-        attn: SwappedAttention,
-        x: torch.Tensor,
-        position_embeddings: Any,
-        batch: LayerBatch,
-        teacher: torch.Tensor,
-        keep: torch.Tensor | None,
+        self, attn: SwappedAttention, call: Call, teacher: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
         """Summed loss of one layer.
 
         Args:
             attn: the swapped attention.
-            x: [B, T, C] the teacher's input to it.
-            position_embeddings: cos and sin as the model hands them to attention.
-            batch: padding and documents.
+            call: what the teacher's attention was given.
             teacher: head outputs [B, T, Hq * V], or the layer's output [B, T, C] where the config says "output".
             keep: [B, T] real tokens, or None.
         """
         if self.config.loss == "weights":
-            return weight_cross_entropy(*self._weights(attn, x, position_embeddings, batch), keep)
-        y, _ = attn.heads(x, position_embeddings, batch)
+            return weight_cross_entropy(*self._weights(attn, call), keep)
+        y, _ = attn.heads(call.x, call.position, call.batch)
         if self.config.where == "output":
-            y = self.family.output_projection(attn)(y.flatten(-2))
+            y = attn.family.output(attn, y.flatten(-2))
         else:
             teacher = teacher.view_as(y)
         return {"mse": mse, "cosine": cosine}[self.config.loss](y, teacher, keep)
 
-    def _weights(
-        self, attn: SwappedAttention, x: torch.Tensor, position_embeddings: Any, batch: LayerBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _weights(self, attn: SwappedAttention, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's and teacher's attention weights [B, Hq, T, T]; the student's by mixing one-hot values."""
-        q, k, v = self.family.project(attn, x)
-        rows, tokens = x.shape[:2]
-        one_hot = torch.eye(tokens, device=x.device, dtype=v.dtype)[None, :, None, :]
-        student, _ = attn.heads(x, position_embeddings, batch, values=one_hot.expand(rows, -1, k.shape[2], -1))
+        rows, tokens = call.x.shape[:2]
+        one_hot = torch.eye(tokens, device=call.x.device, dtype=call.x.dtype)[None, :, None, :]
+        values = one_hot.expand(rows, -1, attn.mixer.shape.kv_heads, -1)
+        student, _ = attn.heads(call.x, call.position, call.batch, values=values)
         with torch.no_grad():
-            q, k = self.family.rotate(q, k, *position_embeddings)
-            scores = torch.einsum("bihd,bjhd->bhij", q.float(), expand_heads(k, q.shape[2]).float())
-            place = torch.arange(tokens, device=x.device)
-            visible = (place[:, None] >= place[None, :])[None]
-            if batch.documents is not None:
-                visible = visible & (batch.documents[:, :, None] == batch.documents[:, None, :])
-            scores = (scores * attn.mixer.shape.scale).masked_fill(~visible[:, None], float("-inf"))
-        return student.transpose(1, 2), scores.softmax(-1)
-
-
-class _Probe:
-    """The hooks on one layer during one forward pass: they catch the teacher's outputs and train the mixer on them."""
-
-    def __init__(self, stage: AttentionTransfer, weight: float, mask: torch.Tensor | None, metrics: Metrics):
-        self.stage, self.weight, self.metrics = stage, weight, metrics
-        self.keep = None if mask is None else mask.bool()
-        self.heads: torch.Tensor | None = None
-
-    def see_heads(self, module: nn.Module, args: tuple) -> None:
-        """Before the output projection: remember the teacher's heads."""
-        self.heads = args[0]
-
-    def see_layer(self, attn: Any, args: tuple, kwargs: dict, output: tuple) -> None:
-        """After the teacher's attention: run the mixer on the same input, with gradients, and backpropagate."""
-        x = args[0] if args else kwargs["hidden_states"]
-        teacher = output[0] if self.heads is None else self.heads
-        self.heads = None  # a reference that stayed would keep one such tensor per layer alive
-        with torch.enable_grad():
-            loss = self.stage.layer_loss(
-                attn, x, kwargs["position_embeddings"], kwargs["linearize_batch"], teacher, self.keep
-            )
-            (loss * (self.weight * self.stage.config.loss_scale)).backward()
-        self.metrics[f"layer_{attn.layer_idx}"] = loss.detach() * self.stage.config.loss_scale
+            teacher = teacher_logits(attn, call).softmax(-1)
+            if call.batch.inverse is not None:  # rows and columns back to where the batch has them
+                rows_back = reordered(teacher.permute(0, 2, 3, 1), call.batch.inverse)
+                teacher = reordered(rows_back.transpose(1, 2), call.batch.inverse).permute(0, 3, 2, 1)
+        return student.transpose(1, 2), teacher

@@ -10,6 +10,7 @@ import pytest
 
 from linearize import registry
 from linearize.errors import UserError
+from linearize.hf.auto import classes
 from linearize.hf.bundle import auto_map, bundle
 
 PREAMBLE = "from linearize.mixers.hedgehog import Hedgehog, HedgehogConfig\n"
@@ -29,10 +30,15 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
     return make
 
 
+def files_of(mixer: str, family: str = "llama") -> dict[str, str]:
+    """The files of a checkpoint of that family with that mixer."""
+    return bundle(classes(family)[0](linearize={"mixers": [{"type": mixer}], "layers": [0]}))
+
+
 @pytest.mark.parametrize("family", registry.keys("families"))
 @pytest.mark.parametrize("mixer", registry.keys("mixers"))
 def test_every_relative_import_is_there_and_flat(family: str, mixer: str) -> None:
-    files = bundle(family, [{"type": mixer}])
+    files = files_of(mixer, family)
     for name, text in files.items():
         for node in ast.walk(ast.parse(text, name)):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -45,7 +51,7 @@ def test_every_relative_import_is_there_and_flat(family: str, mixer: str) -> Non
 
 
 def test_only_what_is_used_is_copied() -> None:
-    files = bundle("llama", [{"type": "liger"}])
+    files = files_of("liger")
     assert "mixers_liger.py" in files and "mixers_lolcats.py" not in files
     others = {f"families_{key}.py" for key in registry.keys("families") if key != "llama"}
     assert not others & set(files)
@@ -55,7 +61,7 @@ def test_only_import_statements_change(mine: Callable[[str], str]) -> None:
     quoted = '"""from linearize.swap import swapped"""'
     code = f'{quoted}\nβ = 1; from linearize.swap import (\n    swapped,  # why\n); γ = "é"'
     key = mine(code)
-    text = bundle("llama", [{"type": key}])[f"{key.partition(':')[0]}.py"]
+    text = files_of(key)[f"{key.partition(':')[0]}.py"]
     header, first, *rest = text.splitlines()
     assert header.startswith("# Copied from bundle_case_") and "Licence" not in header
     assert first == "from .mixers_hedgehog import Hedgehog, HedgehogConfig"
@@ -76,9 +82,9 @@ def test_code_that_could_not_load_is_refused_by_name(mine: Callable[[str], str],
     key = mine(code)
     module = key.partition(":")[0]
     with pytest.raises(UserError, match=f"^{module} cannot be copied into a checkpoint: .*{message}"):
-        bundle("llama", [{"type": key}])
+        files_of(key)
 
 
 def test_a_guarded_import_is_allowed(mine: Callable[[str], str]) -> None:
     key = mine("try:\n    import fla\nexcept ImportError:\n    fla = None")
-    assert f"{key.partition(':')[0]}.py" in bundle("llama", [{"type": key}])
+    assert f"{key.partition(':')[0]}.py" in files_of(key)

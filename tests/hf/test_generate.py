@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pico import cases
 from transformers import DynamicCache, StaticCache
 
 from linearize import registry
@@ -14,7 +15,7 @@ from linearize.hf.cache import StateLayer, state_layer
 LONG, NEW = 21, 14  # the prompt and the continuation both cross the window of 8
 
 every_mixer = pytest.mark.parametrize("key", registry.keys("mixers"))
-every_layout = pytest.mark.parametrize("layers", ["LLL", "LSL", "SLL"])
+every_case = pytest.mark.parametrize(("family", "key", "layers"), cases(("LLL", "LSL", "SLL")))
 
 
 def prompt(batch: int = 1, tokens: int = LONG, seed: int = 1) -> torch.Tensor:
@@ -31,10 +32,9 @@ def state_layers(cache: Any) -> list[StateLayer]:
     return [layer for layer in cache.layers if isinstance(layer, StateLayer)]
 
 
-@every_mixer
-@every_layout
-def test_greedy_sampling_and_beams_equal_no_cache(converted: Any, key: str, layers: str) -> None:
-    model, ids = converted(key, layers), prompt(2)
+@every_case
+def test_greedy_sampling_and_beams_equal_no_cache(converted: Any, family: str, key: str, layers: str) -> None:
+    model, ids = converted(key, layers, family=family), prompt(2)
     for options in (
         {},
         {"do_sample": True, "temperature": 1.3, "top_k": 20},
@@ -46,11 +46,10 @@ def test_greedy_sampling_and_beams_equal_no_cache(converted: Any, key: str, laye
         torch.testing.assert_close(cached, generate(model, ids, use_cache=False, **options), msg=str(options))
 
 
-@every_mixer
-@every_layout
+@every_case
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_equal_rows_alone(converted: Any, key: str, layers: str, side: str) -> None:
-    model, lengths = converted(key, layers), (LONG, 5, 1, 13)
+def test_padded_rows_equal_rows_alone(converted: Any, family: str, key: str, layers: str, side: str) -> None:
+    model, lengths = converted(key, layers, family=family), (LONG, 5, 1, 13)
     ids = torch.ones(len(lengths), LONG, dtype=torch.long)
     mask = torch.zeros_like(ids)
     rows = [prompt(1, n, seed=n)[0] for n in lengths]
@@ -68,21 +67,21 @@ def test_padded_rows_equal_rows_alone(converted: Any, key: str, layers: str, sid
         torch.testing.assert_close(batch[row, LONG:], alone, msg=f"row of {len(tokens)} tokens")
 
 
-@every_mixer
-@every_layout
-def test_continue_from_cache(converted: Any, key: str, layers: str) -> None:
-    model = converted(key, layers)
+@every_case
+def test_continue_from_cache(converted: Any, family: str, key: str, layers: str) -> None:
+    model = converted(key, layers, family=family)
     first = generate(model, prompt(2), return_dict_in_generate=True)
     longer = torch.cat([first.sequences, prompt(2, 9, seed=5)], dim=1)
     second = generate(model, longer, past_key_values=first.past_key_values)
     torch.testing.assert_close(second, generate(model, longer, use_cache=False))
 
 
-@every_mixer
-@every_layout
+@every_case
 @pytest.mark.parametrize("options", [{"prefill_chunk_size": 6}, {"cache_implementation": "static"}], ids=str)
-def test_other_ways_to_fill_a_cache(converted: Any, key: str, layers: str, options: dict[str, Any]) -> None:
-    model, ids = converted(key, layers), prompt(2)
+def test_other_ways_to_fill_a_cache(
+    converted: Any, family: str, key: str, layers: str, options: dict[str, Any]
+) -> None:
+    model, ids = converted(key, layers, family=family), prompt(2)
     torch.testing.assert_close(generate(model, ids, **options), generate(model, ids, use_cache=False))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainable import find_llama, make_recipe, write_source
+from trainable import make_recipe, write_source
 
 from linearize.hf.auto import linearized
 from linearize.inits.calibrated import attention_statistics, calibrate, match_outputs, watch
@@ -27,7 +27,7 @@ def student(pico_model: Callable[..., Any]) -> Callable[..., Any]:
 
     def make(type: str, **settings: Any) -> Any:
         model = pico_model(num_hidden_layers=3)
-        linearized(model, "llama", {"mixers": [{"type": type, **settings}], "layers": [0, None, 0]})
+        linearized(model, {"mixers": [{"type": type, **settings}], "layers": [0, None, 0]})
         for name, attn in swapped(model).items():
             attn.mixer.initialise(f"{name}.mixer", seed=0)
         return model.eval()
@@ -57,7 +57,7 @@ def seen(model: Any, batch: dict[str, torch.Tensor]) -> list[tuple[Any, torch.Te
     """(attention, input, kwargs, teacher's heads) of each swapped layer."""
     found: list[Any] = []
     with torch.no_grad():
-        watch(model, find_llama(), [batch], lambda name, attn, x, given, heads: found.append((attn, x, given, heads)))
+        watch(model, [batch], lambda name, attn, call, heads, output: found.append((attn, call, heads)))
     return found
 
 
@@ -109,10 +109,10 @@ BATCHES: dict[str, tuple[dict[str, torch.Tensor], list[tuple[int, slice]]]] = {
 @pytest.mark.parametrize("window", [0, 4])
 def test_statistics_of_attention_by_hand(student: Any, kind: str, window: int) -> None:
     model, (batch, places) = student("composed", decay="scalar", window=window), BATCHES[kind]
-    for attn, x, given, _ in seen(model, batch):
+    for attn, call, _ in seen(model, batch):
         with torch.no_grad():
-            found = attention_statistics(attn, x, given["position_embeddings"], given["linearize_batch"])
-            documents = [x[row, columns] for row, columns in places]
+            found = attention_statistics(attn, call)
+            documents = [call.x[row, columns] for row, columns in places]
             expected = statistics_by_hand(attn, documents, model.config.rope_parameters["rope_theta"], window)
         for result, truth in zip(found, expected, strict=True):
             torch.testing.assert_close(result.double(), truth, atol=1e-4, rtol=1e-5)
@@ -121,11 +121,11 @@ def test_statistics_of_attention_by_hand(student: Any, kind: str, window: int) -
 
 def test_statistics_of_long_rows_are_taken_in_blocks(student: Any) -> None:
     model = student("gla")
-    for attn, x, given, _ in seen(model, {"input_ids": ids(1, 300)}):
+    for attn, call, _ in seen(model, {"input_ids": ids(1, 300)}):
         with torch.no_grad():
-            found = attention_statistics(attn, x, given["position_embeddings"], given["linearize_batch"])
-            q, k, _ = attn.family.project(attn, x)
-            q, k = attn.family.rotate(q, k, *given["position_embeddings"])
+            found = attention_statistics(attn, call)
+            q, k, _ = attn.family.project(attn, call.x)
+            q, k = attn.family.rotate(attn, q, k, call.position)
             scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, dim=2)) * attn.head_dim**-0.5
             age = torch.arange(300)[:, None] - torch.arange(300)[None]
             weights = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
@@ -137,7 +137,7 @@ def test_statistics_of_long_rows_are_taken_in_blocks(student: Any) -> None:
 
 def test_heads_that_never_see_past_their_window_remember_it(student: Any) -> None:
     model = student("composed", decay="scalar", window=16)
-    for found in calibrate(model, find_llama(), [{"input_ids": ids(2, 12)}]).values():
+    for found in calibrate(model, [{"input_ids": ids(2, 12)}]).values():
         assert (found.distance == 16).all()
 
 
@@ -147,7 +147,7 @@ def test_batches_count_by_their_tokens(student: Any) -> None:
     short = {"input_ids": rows[1:], "attention_mask": (torch.arange(24) < 4).long().expand(2, -1)}
     both, models = [], [student("gdn") for _ in range(3)]
     for model, batches in zip(models, ([long], [short], [long, short]), strict=True):
-        both.append(calibrate(model, find_llama(), batches))
+        both.append(calibrate(model, batches))
     for name in both[2]:
         for field in ("distance", "entropy"):
             one, two, result = (getattr(x[name], field) for x in (both[0], both[1], both[2]))
@@ -166,19 +166,19 @@ SCALED: list[dict[str, Any]] = [
 def test_the_factor_per_head_is_the_least_squares_solution(student: Any, settings: dict, kind: str) -> None:
     model, (batch, places) = student(**settings), BATCHES[kind]
     batches = [batch, {"input_ids": ids(1, 12, seed=5)}]
-    match_outputs(model, find_llama(), batches)
+    match_outputs(model, batches)
     layers = [layer for b in batches for layer in seen(model, b)]
     for attn in swapped(model).values():
         found, columns, targets = attn.mixer.output_scale.detach().clone(), [], []
-        for other, x, given, heads in layers:
+        for other, call, heads in layers:
             if other is not attn:
                 continue
             outputs = []
             for value in (0.0, 1.0):
                 attn.mixer.output_scale.data.fill_(value)
                 with torch.no_grad():
-                    outputs.append(attn.heads(x, given["position_embeddings"], given["linearize_batch"])[0].double())
-            real = places if len(x) != 1 or x.shape[1] != 12 else [(0, slice(0, 12))]
+                    outputs.append(attn.heads(call.x, call.position, call.batch)[0].double())
+            real = places if len(call.x) != 1 or call.x.shape[1] != 12 else [(0, slice(0, 12))]
             for row, where in real:
                 columns.append((outputs[1] - outputs[0])[row, where])
                 targets.append((heads.view_as(outputs[0]).double() - outputs[0])[row, where])
@@ -195,16 +195,16 @@ def test_a_branch_without_output_keeps_its_factor(student: Any) -> None:
     model = student("composed", output={"scale": True}, feature_map="relu")
     for attn in swapped(model).values():
         attn.mixer.map_q.bias.data.fill_(-1e6)
-    match_outputs(model, find_llama(), [{"input_ids": ids()}])
+    match_outputs(model, [{"input_ids": ids()}])
     assert all(torch.equal(a.mixer.output_scale, torch.ones(4)) for a in swapped(model).values())
 
 
 def head_errors(model: Any, batch: dict[str, torch.Tensor]) -> list[float]:
     """Squared error of each swapped layer's heads over the teacher's size, the teacher's inputs given."""
     errors = []
-    for attn, x, given, heads in seen(model, batch):
+    for attn, call, heads in seen(model, batch):
         with torch.no_grad():
-            y, _ = attn.heads(x, given["position_embeddings"], given["linearize_batch"])
+            y, _ = attn.heads(call.x, call.position, call.batch)
         errors.append(float((y.flatten(2) - heads).square().sum() / heads.square().sum()))
     return errors
 
@@ -213,7 +213,7 @@ def head_errors(model: Any, batch: dict[str, torch.Tensor]) -> list[float]:
 def test_calibration_brings_heads_closer_to_the_teacher(student: Any, key: str) -> None:
     batches, others = [{"input_ids": ids(4, 64)}], {"input_ids": ids(4, 64, seed=9)}
     declared, model = student(key), student(key)
-    calibrate(model, find_llama(), batches)
+    calibrate(model, batches)
     for batch in (batches[0], others):
         for before, after in zip(head_errors(declared, batch), head_errors(model, batch), strict=True):
             assert after < before
@@ -225,7 +225,7 @@ def test_calibration_is_deterministic_and_changes_only_mixers(student: Any, key:
     models = [student(key) for _ in range(2)]
     before = {name: tensor.clone() for name, tensor in models[0].state_dict().items()}
     for model in models:
-        calibrate(model, find_llama(), [{"input_ids": ids()}, packed([5, 1, 17])])
+        calibrate(model, [{"input_ids": ids()}, packed([5, 1, 17])])
         assert not any(attn.teacher for attn in swapped(model).values())
         assert not any(m._forward_hooks for m in model.modules())
     one, two = (model.state_dict() for model in models)
@@ -244,7 +244,7 @@ def test_hooks_are_gone_after_an_error(student: Any) -> None:
         raise KeyError
 
     with pytest.raises(KeyError):
-        watch(model, find_llama(), [{"input_ids": ids()}], fails)
+        watch(model, [{"input_ids": ids()}], fails)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model.model)
     assert not any(attn.teacher for attn in swapped(model).values())
 
@@ -277,9 +277,9 @@ def test_a_recipe_asks_for_calibration(source: Path, monkeypatch: pytest.MonkeyP
     evaluation = {"windows": 2, "recall": False, "batch_size": 2, "split": "train", "lengths": [16]}
     sizes: list[int] = []
 
-    def counted(model: Any, family: Any, batches: Any) -> Any:
+    def counted(model: Any, batches: Any) -> Any:
         sizes.append(sum(b["input_ids"].numel() for b in batches))
-        return calibrate(model, family, batches)
+        return calibrate(model, batches)
 
     monkeypatch.setattr("linearize.pipeline.calibrate", counted)
     out = convert(recipe(source, stages=[], evaluation=evaluation), source / "out", say=quiet)

@@ -1,0 +1,81 @@
+"""Pico models of every family: three layers of width 32, made on the spot.
+
+`pico_config(key)` needs no entry here for a new family; `MORE` adds what makes one interesting, such as sliding windows
+or layers without rotary embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from linearize import registry
+from linearize.families.base import Family
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # large enough that greedy choices are not decided by rounding
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "head_dim": 8,
+}
+"""What means the same in every family."""
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_UNGROUPED = {"num_key_value_heads": None, "head_dim": None}
+MORE: dict[str, dict[str, Any]] = {
+    "gemma2": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "gpt2": _UNGROUPED,
+    "gpt_neox": _UNGROUPED,
+    "granite": {"attention_multiplier": 0.3},
+    "mistral": {"sliding_window": 12},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "qwen2": {**_SLIDING, "use_sliding_window": True},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": _EXPERTS,
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+"""What differs, by family."""
+
+
+KEYS = tuple(registry.keys("families"))
+PRESETS = ("lolcats", "liger", "gdn")
+"""Mixers that stand for all others where a family is tested: a window, a gate from the keys, a delta rule."""
+
+
+def cases(layouts: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """(family, mixer, layers): all mixers on llama, and the presets on every other family with and without softmax."""
+    llama = [("llama", mixer, layers) for mixer in registry.keys("mixers") for layers in layouts]
+    rest = [(key, mixer, layers) for key in KEYS if key != "llama" for mixer in PRESETS for layers in layouts[:2]]
+    return llama + rest
+
+
+def find_family(key: str) -> type[Family]:
+    return registry.find("families", key, Family)
+
+
+def pico_config(key: str, **overrides: Any) -> Any:
+    """A configuration of the family `key`."""
+    return find_family(key).config_class(**{**SIZES, **MORE.get(key, {}), **overrides})
+
+
+def pico_model(key: str, seed: int = 0, **overrides: Any) -> Any:
+    """A randomly initialised model of the family `key`, float32, eval mode; norms and biases are random as well."""
+    torch.manual_seed(seed)
+    model = find_family(key).model_class(pico_config(key, **overrides)).eval()
+    noise = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=noise)
+    return model
