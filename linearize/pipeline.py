@@ -28,7 +28,7 @@ from linearize.families.base import Family
 from linearize.hf.auto import linearized
 from linearize.hf.card import model_card
 from linearize.hf.export import export, export_adapter
-from linearize.hf.load import load, load_config
+from linearize.hf.load import load, load_config, load_processor
 from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
@@ -80,7 +80,9 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         trust_remote_code=recipe.model.trust_remote_code,
         revision=recipe.model.revision,
     )
-    stages = stages_of(recipe.stages, family_of(model.config))
+    family = family_of(model.config)
+    processor = tokenizer if family.auto_class == Family.auto_class else load_processor(recipe.resolved_model())
+    stages = stages_of(recipe.stages, family)
     lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
     data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]
     swap(model, plan, recipe.seed)
@@ -99,9 +101,9 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
         options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
         if stages and stages[-1].adapter is not None:
-            export_adapter(stages[-1].adapter, tokenizer, out, **options)
+            export_adapter(stages[-1].adapter, processor, out, **options)
         else:
-            export(model, tokenizer, out, **options)
+            export(model, processor, out, **options)
     wait_for_all()
     if points.taken:
         say(comparison_table(list(points.taken.items())))

@@ -60,8 +60,9 @@ def read_batch(
 
     Args:
         attention_mask: [B, past + T], 1 for real tokens; a 4-D or absent mask says nothing about padding.
-        position_ids: [B or 1, T]; where they do not rise by one, a packed document begins (only read without a mask and
-            without a past, as Hugging Face's own masks do).
+        position_ids: [B or 1, T], or [4, B, T] of which the first are the text's (Qwen2.5-VL); where they do not rise
+            by one, a packed document begins (only read without a mask and without a past, as Hugging Face's own masks
+            do).
         rows: B.
         tokens: T.
         has_past: whether a cache already holds tokens.
@@ -70,6 +71,8 @@ def read_batch(
         if attention_mask.ndim != 2:
             return NO_BATCH
         return _padded(attention_mask[:, -tokens:].bool())
+    if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]
     if position_ids is None or has_past or position_ids.ndim != 2:
         return NO_BATCH
     begins = position_ids[:, 1:] - position_ids[:, :-1] != 1

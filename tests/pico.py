@@ -32,16 +32,32 @@ SIZES: dict[str, Any] = {
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _UNGROUPED = {"num_key_value_heads": None, "head_dim": None}
+_CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+_CLIP |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16}
+_PIXTRAL = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+_PIXTRAL |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "head_dim": 8}
+_QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+_QWEN_VISION |= {"patch_size": 4, "window_size": 8, "fullatt_block_indexes": [0]}
 MORE: dict[str, dict[str, Any]] = {
     "gemma2": {**_SLIDING, "query_pre_attn_scalar": 16},
     "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 16},
     "gpt2": _UNGROUPED,
     "gpt_neox": _UNGROUPED,
     "granite": {"attention_multiplier": 0.3},
+    "llava": {"text_config": {"model_type": "llama"}, "vision_config": _CLIP, "image_token_index": 96},
+    "mistral3": {"text_config": {"model_type": "mistral"}, "vision_config": _PIXTRAL, "image_token_index": 96},
     "mistral": {"sliding_window": 12},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "qwen2": {**_SLIDING, "use_sliding_window": True},
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+        "vision_config": _QWEN_VISION,
+        "image_token_id": 96,
+        "video_token_id": 95,
+        "vision_start_token_id": 94,
+        "vision_end_token_id": 93,
+    },
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": _EXPERTS,
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -66,8 +82,11 @@ def find_family(key: str) -> type[Family]:
 
 
 def pico_config(key: str, **overrides: Any) -> Any:
-    """A configuration of the family `key`."""
-    return find_family(key).config_class(**{**SIZES, **MORE.get(key, {}), **overrides})
+    """A configuration of the family `key`; sizes are those of its language model."""
+    more = MORE.get(key, {})
+    sizes = {**SIZES, **more.get("text_config", more), **overrides}
+    config_class = find_family(key).config_class
+    return config_class(**{**more, "text_config": sizes}) if "text_config" in more else config_class(**sizes)
 
 
 def pico_model(key: str, seed: int = 0, **overrides: Any) -> Any:

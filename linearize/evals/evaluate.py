@@ -200,7 +200,7 @@ def _config(**values: Any) -> EvalConfig:
 def _lengths(data: DataConfig | None, config: Any) -> list[int]:
     if data is not None:
         return [data.seq_len, 2 * data.seq_len]
-    return [min(DEFAULT_LENGTH, getattr(config, "max_position_embeddings", DEFAULT_LENGTH))]
+    return [min(DEFAULT_LENGTH, getattr(config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))]
 
 
 def _environment(model: Any) -> dict[str, str]:

@@ -168,6 +168,6 @@ def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
 
 
 def _length_notes(model: Any, lengths: list[int]) -> list[str]:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     beyond = [length for length in lengths if limit is not None and length > limit]
     return [f"length {length} is beyond the {limit} positions the source model was trained for" for length in beyond]

@@ -61,7 +61,7 @@ def recall(
         filler_tokens: [N] ordinary text in which the facts are hidden.
     """
     filler = torch.as_tensor(filler_tokens).tolist()
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     scores = []
     for facts, distance in cases:
         rng = random.Random(f"{seed}:{facts}:{distance}")

@@ -12,8 +12,10 @@ import yaml
 
 from linearize.evals.measure import Measurement
 from linearize.evals.table import comparison_table
+from linearize.families.base import Family
 from linearize.plan import Plan
 from linearize.recipe import Recipe
+from linearize.registry import find
 
 
 def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measurement]) -> str:
@@ -37,6 +39,7 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     kept = bool(recipe.stages) and recipe.stages[-1].get("lora") and not recipe.stages[-1]["lora"]["merge"]
     adapter = 'model = peft.PeftModel.from_pretrained(model, f"{path}/adapter")  # measured with it\n' if kept else ""
     mixer, short, long = plan.mixer["type"], plan.cache_bytes(2048) / 2**20, plan.cache_bytes(131072) / 2**20
+    auto = find("families", plan.family, Family).auto_class
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
@@ -50,9 +53,9 @@ over from it, with [linearize](https://pypi.org/project/linearize/). The decodin
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # with `import linearize`: not needed
+model = {auto}.from_pretrained(path, trust_remote_code=True)  # with `import linearize`: not needed
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 {adapter}```
 

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from linearize.errors import UserError
-from linearize.hf.auto import register, trusting
+from linearize.families.base import Family
+from linearize.hf.auto import PREFIX, register, trusting
 from linearize.hf.export import ADAPTER
+from linearize.registry import find, keys
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -57,7 +60,7 @@ def load(
     if _is_local(path_or_repo):
         for name in _weight_files(Path(source)):
             _check_weights(Path(source) / name)
-    loader: Any = AutoModelForCausalLM
+    loader: Any = getattr(transformers, _auto_class(config))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         with trusting(trust_remote_code):
@@ -75,6 +78,18 @@ def load(
         raise UserError(_unreachable(source, error)) from error
     _check_complete(source, report)
     return _with_adapter(model.eval(), source, revision), tokenizer
+
+
+def _auto_class(config: Any) -> str:
+    """Name of the Auto class that loads this model: what its family says, a causal LM where there is no family."""
+    key = config.model_type.removeprefix(PREFIX)
+    return find("families", key, Family).auto_class if key in keys("families") else "AutoModelForCausalLM"
+
+
+def load_processor(path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """What turns a vision-language model's text and images into tensors; its tokenizer where there is nothing else."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    return AutoProcessor.from_pretrained(_source(path_or_repo), **options)
 
 
 def load_config(path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from linearize.errors import UserError, did_you_mean
 from linearize.losses import next_token
@@ -79,13 +80,13 @@ class Finetune(Stage):
         if config.lora is None:
             return chosen
         targets = self._targets(model, config.lora.targets)
-        self.changed += [f"{n}.weight" for n, _ in model.named_modules() if n.rpartition(".")[2] in targets]
+        self.changed += [f"{name}.weight" for name in targets]
         settings = LoraConfig(
             r=config.lora.r,
             lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes any number
             lora_dropout=config.lora.dropout,
             use_dora=config.lora.dora,
-            target_modules=targets,
+            target_modules=_shortest(targets, model),
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(config.seed)
@@ -126,17 +127,31 @@ class Finetune(Stage):
         return 1.0
 
     def _targets(self, model: nn.Module, targets: list[str]) -> list[str]:
+        """Full names of the modules that get an adapter: in the language model alone, where there is more."""
         short = self.family.lora_targets
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        chosen = [short.get(target, target) for target in targets]
-        for name in chosen:
-            if name not in linear:
-                raise UserError(f"unknown lora target {name!r}{did_you_mean(name, [*short, *linear])}")
+        inside = f"{self.family.base}." if self.family.base else ""
+        linear = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and (name.startswith(inside) or "." not in name)
+        }
+        known = {name.rpartition(".")[2] for name in linear}
+        chosen = {short.get(target, target) for target in targets}
+        for name in sorted(chosen - known):
+            raise UserError(f"unknown lora target {name!r}{did_you_mean(name, [*short, *known])}")
+        found = [name for name in linear if name.rpartition(".")[2] in chosen]
         uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in chosen and any(uses[id(p)] > 1 for p in module.parameters()):
+        for name in found:
+            if any(uses[id(p)] > 1 for p in linear[name].parameters()):
                 raise UserError(
                     f"lora target {name!r} shares its weight with the input embeddings, so its adapter cannot be told "
                     "apart from a change of those; leave it out, or use a model with untied embeddings"
                 )
-        return chosen
+        return found
+
+
+def _shortest(names: list[str], model: nn.Module) -> list[str]:
+    """Last parts of module names, as peft is used to them, where they match no other module; else the names."""
+    last = sorted({name.rpartition(".")[2] for name in names})
+    matched = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in last]
+    return last if sorted(matched) == sorted(names) else names

@@ -1,0 +1,138 @@
+"""Every family, found by itself: shapes, projections, rotation, plans, LoRA targets, training, export and reload."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pico import KEYS, PRESETS, find_family, pico_config, pico_model
+
+from linearize import registry
+from linearize.hf.auto import linearized
+from linearize.plan import make_plan
+from linearize.recipe import Recipe
+from linearize.stages.base import Stage
+from linearize.swap import Call, run_teacher, swapped, teacher_logits
+
+every_family = pytest.mark.parametrize("key", KEYS)
+ids = torch.randint(2, 90, (2, 23), generator=torch.Generator().manual_seed(1))
+
+
+def converted(key: str, mixer: str = "lolcats", layers: str = "LLL", **overrides: Any) -> Any:
+    model = pico_model(key, **overrides)
+    description = {"mixers": [{"type": mixer}], "layers": [0 if letter == "L" else None for letter in layers]}
+    linearized(model, description)
+    for name, attn in swapped(model).items():
+        attn.mixer.initialise(f"{name}.mixer", seed=0)
+    return model
+
+
+@every_family
+@pytest.mark.parametrize("mask", [None, "left", "right"])
+@torch.no_grad()
+def test_the_teachers_heads_are_what_projection_rotation_scale_and_reach_give(key: str, mask: str | None) -> None:
+    """softmax(teacher_logits) v is what the source's own attention hands to its output projection."""
+    model, inputs = converted(key, attn_implementation="eager"), {"input_ids": ids}
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if mask is not None:
+        real[0, slice(0, 6) if mask == "left" else slice(17, None)] = False
+        inputs["attention_mask"] = real.long()
+    seen = []
+
+    def see(name: str, attn: Any, call: Call, heads: torch.Tensor, output: torch.Tensor) -> None:
+        logits = teacher_logits(attn, call)
+        _, _, v = attn.family.project(attn, call.x)
+        if call.batch.order is not None:
+            v = v.gather(1, call.batch.order[:, :, None, None].expand_as(v))
+        v = v.repeat_interleave(attn.mixer.shape.heads // attn.mixer.shape.kv_heads, dim=2)
+        found = torch.einsum("bhij,bjhv->bihv", logits.softmax(-1), v.float()).flatten(2)
+        if call.batch.inverse is not None:
+            found = found.gather(1, call.batch.inverse[:, :, None].expand_as(found))
+        torch.testing.assert_close(found[real], heads[real], atol=1e-5, rtol=1e-5)
+        assert attn.family.output(attn, heads).shape == output.shape
+        torch.testing.assert_close(attn.family.output(attn, heads)[real], output[real], atol=1e-5, rtol=1e-5)
+        seen.append(name)
+
+    run_teacher(model, inputs, see)
+    assert seen == list(swapped(model)) and len(seen) == 3
+
+
+@every_family
+def test_shapes_are_those_of_the_projections(key: str) -> None:
+    model = converted(key)
+    for layer, attn in enumerate(swapped(model).values()):
+        shape = find_family(key).of(model.config, registry.find_class).shape(model.config, layer)
+        assert attn.mixer.shape == shape
+        q, k, v = attn.family.project(attn, torch.zeros(1, 5, shape.hidden_size))
+        assert q.shape == (1, 5, shape.heads, shape.key_dim)
+        assert k.shape == (1, 5, shape.kv_heads, shape.key_dim)
+        assert v.shape == (1, 5, shape.kv_heads, shape.value_dim)
+
+
+@every_family
+@pytest.mark.parametrize("mixer", PRESETS)
+def test_plans_count_what_a_conversion_adds(key: str, mixer: str) -> None:
+    config = pico_config(key)
+    before = sum(p.numel() for p in pico_model(key).parameters())
+    plan = make_plan(Recipe.load(f"default/{mixer}", "somewhere/model", ["layers=[0, 2]"]), copy.deepcopy(config))
+    model = converted(key, mixer, "LSL")
+    assert plan.source_parameters == before
+    assert plan.source_parameters + plan.new_parameters == sum(p.numel() for p in model.parameters())
+    assert [layer.module for layer in plan.layers if layer.mixer] == list(swapped(model))
+
+
+@every_family
+def test_both_stages_train_and_touch_nothing_else(key: str) -> None:
+    model = converted(key, layers="LSL")
+    family = next(iter(swapped(model).values())).family
+    batch = {"input_ids": ids, "labels": ids}
+    source = {n: p.clone() for n, p in model.state_dict().items() if ".mixer." not in n}
+    for name, settings in (
+        ("attention_transfer", {}),
+        ("finetune", {"lora": {"r": 2, "targets": ["q", "k", "v", "o"]}, "train": ["*.mixer.*"]}),
+    ):
+        cls = registry.find("stages", name, Stage)
+        stage = cls(cls.Config.model_validate({"tokens": 64, "batch_size": 2, **settings}), family)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False).grad = None
+        trained = stage.prepare(model)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        loss = stage.backward(model, batch, 1.0)["loss"]
+        assert torch.isfinite(loss) and loss > 0
+        with_gradient = [n for n, p in trained.items() if p.grad is not None and bool(p.grad.any())]
+        assert any(".mixer." in n for n in with_gradient)
+        if name == "finetune":
+            assert {".lora_B." in n for n in with_gradient} == {True, False}
+            places = tuple(n.rpartition(".")[0] for n in family.attentions(model))
+            assert all(n.removeprefix("base_model.model.").startswith(places) for n in trained if ".lora_" in n)
+            assert model.config.model_type.startswith("linearized_")
+    after = {n.replace(".base_layer.", "."): p for n, p in model.state_dict().items()}
+    assert all(torch.equal(after[n], tensor) for n, tensor in source.items())
+
+
+@every_family
+@pytest.mark.parametrize("layers", ["LLL", "LSL"])
+@torch.no_grad()
+def test_a_saved_model_reloads_bit_equal(key: str, layers: str, tmp_path: Path) -> None:
+    import transformers
+
+    model = converted(key, "gdn", layers)
+    model.save_pretrained(tmp_path)
+    again = getattr(transformers, find_family(key).auto_class).from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_attention_sees_only_its_reach() -> None:
+    """The reach that a family reports is that of the mask Hugging Face makes: see the first test, which has windows."""
+    reaches = {
+        key: [find_family(key).of(c, registry.find_class).shape(c, i).reach for i in range(3)]
+        for key in KEYS
+        for c in [pico_config(key)]
+    }
+    assert reaches["llama"] == [None] * 3 and reaches["mistral"] == [12] * 3
+    assert reaches["gemma2"] == reaches["gemma3_text"] == reaches["qwen2"] == [12, None, 12]
