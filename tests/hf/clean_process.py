@@ -8,6 +8,7 @@ For each folder, OUT holds `<name>.logits` of the ids and `<name>.greedy`, their
 
 import importlib.abc
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -28,16 +29,18 @@ sys.meta_path.insert(0, Blocker())
 importlib.util.find_spec = find_spec  # transformers asks it what is installed
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 ids_file, out_file, *folders = sys.argv[1:]
 ids = load_file(ids_file)["ids"]
 results = {}
 for folder in folders:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    AutoTokenizer.from_pretrained(folder)
+    classes = json.loads((Path(folder) / "config.json").read_text())["auto_map"]
+    auto = getattr(transformers, next(name for name in classes if name != "AutoConfig"))
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    transformers.AutoTokenizer.from_pretrained(folder)
     name = Path(folder).name
     with torch.no_grad():
         results[f"{name}.logits"] = model(ids).logits

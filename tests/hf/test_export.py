@@ -105,6 +105,22 @@ def test_every_mixer_reloads_bit_equal_in_a_clean_process(
         assert type(here) is type(model) and torch.equal(logits(here), logits(model))
 
 
+@pytest.mark.parametrize("layers", ["LLL", "LSL"])
+def test_every_family_reloads_bit_equal_in_a_clean_process(
+    converted: Any, pico_tokenizer: Any, tmp_path: Path, layers: str
+) -> None:
+    models = {key: converted("lolcats", layers, family=key) for key in registry.keys("families")}
+    folders = [export(model, pico_tokenizer, tmp_path / key) for key, model in models.items()]
+    results = in_clean_process(tmp_path, folders)
+    for key, model in models.items():
+        assert torch.equal(results[f"{key}.logits"], logits(model)), key
+        mask = torch.ones_like(ids())
+        greedy = model.generate(ids(), attention_mask=mask, max_new_tokens=12, do_sample=False)
+        assert torch.equal(results[f"{key}.greedy"], greedy), key
+        here = load(tmp_path / key)[0]
+        assert type(here) is type(model) and torch.equal(logits(here), logits(model)), key
+
+
 def test_the_toolkit_registers_by_itself_and_is_cheap_to_import(
     converted: Any, pico_tokenizer: Any, tmp_path: Path
 ) -> None:
