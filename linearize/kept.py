@@ -78,7 +78,6 @@ class QueryScale:
     def bind(self) -> None:
         """Be the hook of the module that makes queries now."""
         module = self.family.query_module(self.attn)
-        assert module is not None, f"{self.family.__name__} has no module that makes queries alone"
         if module is not self.module:
             if self.handle is not None:
                 self.handle.remove()
@@ -87,7 +86,7 @@ class QueryScale:
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         if self.factor is None:
             return output
-        return (output * self.factor.view(*self.factor.shape, *(1,) * (output.ndim - 2))).to(output.dtype)
+        return self.family.scale_queries(self.attn, output, self.factor).to(output.dtype)
 
 
 class KeptAttention(nn.Module):

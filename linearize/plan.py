@@ -205,10 +205,10 @@ def _kept(recipe: Recipe, family: type[Family], model: Any, chosen: set[int]) ->
             f"kept ({kept}) changes layers that keep their softmax attention, but layers: {recipe.layers!r} keeps "
             "none; keep some with a pattern such as LLLS, or leave kept out"
         )
-    if kept.log_scale is not None and any(family.query_module(attn) is None for attn in attentions.values()):
+    if not kept.rope and family.rotary is None:
         raise UserError(
-            f"kept.log_scale: {kept.log_scale} cannot be had on a {model.config.model_type} model, which has no module "
-            "that makes queries alone; leave it null"
+            f"kept.rope: false takes the rotary embedding from kept layers, and a {model.config.model_type} model has "
+            "none; leave it true"
         )
     return kept
 

@@ -40,6 +40,35 @@ ALIASES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B-Base",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5-vl-7b-instruct": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B-Base",
+    "qwen3-4b": "Qwen/Qwen3-4B-Base",
+    "qwen3-8b": "Qwen/Qwen3-8B-Base",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B-Base",
+    "gemma-2-2b": "google/gemma-2-2b",
+    "gemma-2-9b": "google/gemma-2-9b",
+    "gemma-3-1b": "google/gemma-3-1b-pt",
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "phi-4": "microsoft/phi-4",
+    "olmo-2-1b": "allenai/OLMo-2-0425-1B",
+    "olmo-2-7b": "allenai/OLMo-2-1124-7B",
+    "granite-3.3-2b": "ibm-granite/granite-3.3-2b-base",
+    "granite-3.3-8b": "ibm-granite/granite-3.3-8b-base",
+    "pythia-160m": "EleutherAI/pythia-160m",
+    "pythia-1b": "EleutherAI/pythia-1b",
+    "pythia-2.8b": "EleutherAI/pythia-2.8b",
+    "gpt2": "openai-community/gpt2",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
 }
 """Short model names; `demo` is the small teacher inside the package."""
 
@@ -52,8 +81,10 @@ class ModelConfig(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type the weights are loaded and exported in; auto keeps the source's."
     )
-    attn_implementation: str = Field(
-        "sdpa", description="Attention kernel of the softmax layers, as transformers names it."
+    attn_implementation: str | None = Field(
+        None,
+        description="Attention kernel of the softmax layers, as transformers names it; null takes one that computes "
+        "what the model asks for.",
     )
     trust_remote_code: bool = Field(False, description="Run code that the source repository contains.")
     device: str = Field("auto", description="auto takes a GPU when there is one.")

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from linearize import registry
 from linearize.errors import UserError
-from linearize.families.base import Family
 from linearize.hf.auto import linearized
 from linearize.hf.export import export
 from linearize.kept import Kept, KeptAttention, log_length
@@ -254,13 +253,38 @@ def test_a_recipe_that_keeps_no_layer_cannot_change_kept_layers() -> None:
             demo_plan(wrong)
 
 
-def test_a_family_without_queries_of_their_own_is_refused(pico_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    llama = registry.find("families", "llama", Family)
-    monkeypatch.setattr(llama, "query_module", classmethod(lambda cls, attn: None))
-    recipe = Recipe.load("demo/lightning_h")
-    with pytest.raises(UserError, match="kept.log_scale: 1024 cannot be had on a llama model"):
-        make_plan(recipe, pico_config())
-    make_plan(Recipe.load("demo/lightning_h", overrides=["kept.log_scale=null"]), pico_config())
+def test_a_family_without_rotary_embedding_has_none_to_lose() -> None:
+    changes = ["layers=LLS", "kept.log_scale=null"]
+    with pytest.raises(UserError, match="kept.rope: false takes the rotary embedding .* a gpt2 model has none"):
+        make_plan(Recipe.load("demo/lightning_h", overrides=changes), pico.pico_config("gpt2"))
+    make_plan(Recipe.load("demo/lightning_h", overrides=[*changes, "kept.rope=true"]), pico.pico_config("gpt2"))
+
+
+@pytest.mark.parametrize("family", registry.keys("families"))
+@torch.no_grad()
+def test_every_family_scales_its_queries_and_nothing_else(family: str) -> None:
+    """Logits times s: the same as attention whose scale is s times larger, which every implementation has."""
+    model, scaled = pico.pico_model(family), pico.pico_model(family)
+    config = {"mixers": [{"type": "hedgehog"}], "layers": [None, 0, None], "kept": {"log_scale": 4}}
+    linearized(model, config)
+    cls = next(iter(swapped(model).values())).family
+    linearized(scaled, {**config, "kept": {"rope": True}})
+    for attn in cls.attentions(scaled).values():
+        attn.scaling = attn.scaling * 1.5
+    seen = []
+    for made in (model, scaled):
+        for name, attn in swapped(made).items():
+            attn.mixer.initialise(f"{name}.mixer", seed=0)
+        for name in list(cls.attentions(made))[::2]:
+            made.get_submodule(name).register_forward_hook(lambda m, a, k, out: seen.append(out[0]), with_kwargs=True)
+        if made is model:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("linearize.kept.log_length", lambda positions, length: torch.full((1, 12), 1.5))
+                made(ids(1, 12))
+        else:
+            made(ids(1, 12))
+    for a, b in zip(seen[:2], seen[2:], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
 def test_a_conversion_ends_in_a_checkpoint_with_changed_layers(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from linearize.errors import UserError
 from linearize.plan import Plan, choose_layers, make_plan
-from linearize.recipe import Recipe
+from linearize.recipe import Recipe, available
 from linearize.swap import swapped
 
 
@@ -150,3 +150,138 @@ def test_only_the_last_stage_keeps_its_adapter() -> None:
 def test_an_unknown_feature_map_is_named() -> None:
     with pytest.raises(UserError, match="unknown feature map 'hedgehg'; did you mean 'hedgehog'"):
         plan_8b("mixer.feature_map.type=hedgehg")
+
+
+def by_hand(hidden: int, heads: int, kv_heads: int, size: int, bias: int = 0, norms: int = 0) -> int:
+    """Parameters of one layer's attention: q, k and v, o, biases on q, k, v, and norms of queries and keys."""
+    return hidden * heads * size * 2 + 2 * hidden * kv_heads * size + bias + norms
+
+
+REAL: dict[str, tuple[dict[str, Any], int, int, tuple[int, int, int]]] = {
+    # alias: (configuration, parameters by hand, layers, (query heads, key heads, head size))
+    "qwen3-8b": (
+        {
+            "model_type": "qwen3",
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        },
+        2 * 151936 * 4096 + 36 * (by_hand(4096, 32, 8, 128, norms=2 * 128) + 3 * 4096 * 12288 + 2 * 4096) + 4096,
+        36,
+        (32, 8, 128),
+    ),
+    "mistral-7b": (
+        {
+            "model_type": "mistral",
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        },
+        2 * 32000 * 4096 + 32 * (by_hand(4096, 32, 8, 128) + 3 * 4096 * 14336 + 2 * 4096) + 4096,
+        32,
+        (32, 8, 128),
+    ),
+    "gemma-2-9b": (
+        {
+            "model_type": "gemma2",
+            "vocab_size": 256000,
+            "hidden_size": 3584,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "dtype": "float32",
+        },
+        256000 * 3584 + 42 * (by_hand(3584, 16, 8, 256) + 3 * 3584 * 14336 + 4 * 3584) + 3584,  # tied embeddings
+        42,
+        (16, 8, 256),
+    ),
+    "pythia-1b": (
+        {
+            "model_type": "gpt_neox",
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 2048,
+            "rotary_pct": 0.25,
+            "tie_word_embeddings": False,
+            "dtype": "float16",
+        },
+        2 * 50304 * 2048  # below: q, k, v and o with biases, two layers of the MLP with biases, two norms with biases
+        + 16 * (by_hand(2048, 8, 8, 256, bias=4 * 2048) + 2 * 2048 * 8192 + 8192 + 2048 + 4 * 2048)
+        + 2 * 2048,
+        16,
+        (8, 8, 256),
+    ),
+}
+
+
+@pytest.mark.parametrize("alias", REAL)
+def test_plans_of_real_models_by_hand(alias: str) -> None:
+    settings, parameters, depth, (heads, kv_heads, size) = REAL[alias]
+    config = AutoConfig.for_model(**settings)
+    plan = make_plan(Recipe.load("lolcats", alias), config)
+    dtype = {"bfloat16": 2, "float16": 2, "float32": 4}[settings["dtype"]]
+    assert plan.source_parameters == parameters
+    assert plan.new_parameters == depth * (2 * heads * size * size + heads)  # two maps, one factor a head
+    kv = kv_heads * 2 * size * dtype
+    assert {layer.kv_bytes_per_token for layer in plan.layers} == {kv} and len(plan.layers) == depth
+    linear = heads * 2 * size * (size + 1) * 4  # S [heads, features, V] and z [heads, features], float32
+    assert {layer.state_bytes for layer in plan.layers} == {64 * kv + 64 + 8 + linear}
+    liger = make_plan(Recipe.load("liger", alias), config)
+    assert liger.new_parameters == 0
+    assert {layer.state_bytes for layer in liger.layers} == {64 * kv + 64 + 8 + heads * size * size * 4}
+
+
+@pytest.mark.parametrize(
+    ("alias", "notes"),
+    [
+        ("qwen3-8b", []),
+        ("mistral-7b", ["layers 0-31 attended to the last 4,096 tokens alone; a mixer there sees all before"]),
+        (
+            "gemma-2-9b",
+            [
+                "layers 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40 attended to the "
+                "last 4,096 tokens alone; a mixer there sees all before",
+                "logits are capped at 50 in softmax windows; the linear branch has no logits to cap",
+            ],
+        ),
+        ("pythia-1b", []),
+    ],
+)
+def test_plans_say_what_mixers_do_not_honour(alias: str, notes: list[str]) -> None:
+    plan = make_plan(Recipe.load("lolcats", alias), AutoConfig.for_model(**REAL[alias][0]))
+    assert list(plan.concerns) == notes and all(note in str(plan) for note in notes)
+
+
+@pytest.mark.parametrize("alias", ["gemma-2-9b", "pythia-1b"])
+@pytest.mark.parametrize(
+    "method", sorted(name.partition("/")[2] for name in available() if name.startswith("default/"))
+)
+def test_every_default_recipe_plans_every_real_model(alias: str, method: str) -> None:
+    settings = REAL[alias][0]
+    pattern = {} if method.endswith("_h") else {"layers": "layers=[1]"}
+    config = AutoConfig.for_model(**{**settings, "num_hidden_layers": 4})
+    plan = make_plan(Recipe.load(method, alias, list(pattern.values())), config)
+    assert sum(layer.mixer is not None for layer in plan.layers) == (3 if method.endswith("_h") else 1)

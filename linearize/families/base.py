@@ -100,12 +100,16 @@ class Family:
         return attn.q_proj(x).view(heads), attn.k_proj(x).view(heads), attn.v_proj(x).view(heads)
 
     @classmethod
-    def query_module(cls, attn: Any) -> nn.Module | None:
-        """The last module that makes queries before they are rotated, whose output [B, T, ...] is the queries alone: a
-        q-norm where there is one, else the projection. None where there is no such module, as with a fused projection:
-        kept layers can then not scale their logits.
+    def query_module(cls, attn: Any) -> nn.Module:
+        """The last module that makes queries before they are rotated: a q-norm where there is one, else the
+        projection.
         """
-        return getattr(attn, "q_norm", None) or getattr(attn, "q_proj", None)
+        return getattr(attn, "q_norm", None) or attn.q_proj
+
+    @classmethod
+    def scale_queries(cls, attn: Any, made: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """What `query_module` made, [B, T, ...], with the queries in it times factor [B or 1, T]."""
+        return made * factor.view(*factor.shape, *(1,) * (made.ndim - 2))
 
     @classmethod
     def rotate(cls, attn: Any, q: torch.Tensor, k: torch.Tensor, position: Any) -> tuple[torch.Tensor, torch.Tensor]:

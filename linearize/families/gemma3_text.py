@@ -27,3 +27,7 @@ class Gemma3Text(Family):
     def project(cls, attn: Any, x: torch.Tensor) -> Heads:
         q, k, v = super().project(attn, x)
         return attn.q_norm(q), attn.k_norm(k), v
+
+    @classmethod
+    def scale_queries(cls, attn: Any, made: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return made * factor[:, None, :, None]  # this q-norm sees [B, Hq, T, K]

@@ -33,6 +33,15 @@ class GPT2(Family):
         return q, k, v
 
     @classmethod
+    def query_module(cls, attn: Any) -> nn.Module:
+        return attn.c_attn
+
+    @classmethod
+    def scale_queries(cls, attn: Any, made: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        q, k, v = made.split(attn.split_size, dim=-1)
+        return torch.cat([q * factor[..., None], k, v], dim=-1)
+
+    @classmethod
     def output_projection(cls, attn: Any) -> nn.Module:
         return attn.c_proj
 

@@ -31,5 +31,14 @@ class GPTNeoX(Family):
         return q, k, v
 
     @classmethod
+    def query_module(cls, attn: Any) -> nn.Module:
+        return attn.query_key_value
+
+    @classmethod
+    def scale_queries(cls, attn: Any, made: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        q, k, v = made.unflatten(-1, (-1, 3, attn.head_size)).unbind(-2)
+        return torch.stack([q * factor[..., None, None], k, v], dim=-2).flatten(-3)
+
+    @classmethod
     def output_projection(cls, attn: Any) -> nn.Module:
         return attn.dense

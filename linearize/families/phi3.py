@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, apply_rotary_pos_emb
 
@@ -27,3 +28,13 @@ class Phi3(Family):
         parts = made.split([made.shape[-1] - 2 * keys, keys, keys], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, size)) for part in parts)
         return q, k, v
+
+    @classmethod
+    def query_module(cls, attn: Any) -> nn.Module:
+        return attn.qkv_proj
+
+    @classmethod
+    def scale_queries(cls, attn: Any, made: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        keys = 2 * attn.num_key_value_heads * attn.head_dim
+        q, rest = made.split([made.shape[-1] - keys, keys], dim=-1)
+        return torch.cat([q * factor[..., None], rest], dim=-1)

@@ -45,7 +45,8 @@ def load(
             Converted checkpoints do not need it, unless their mixer is a `module:Class` of your own that is not
             imported yet.
         revision: branch, tag or commit of a hub repository.
-        attn_implementation: kernel of the softmax layers, as transformers names it; its choice when None.
+        attn_implementation: kernel of the softmax layers, as transformers names it. When None its choice, but never
+            one that leaves out what the configuration asks for.
 
     Returns:
         (model, tokenizer); a checkpoint with an `adapter` folder gives a `PeftModel`.
@@ -60,6 +61,8 @@ def load(
     if _is_local(path_or_repo):
         for name in _weight_files(Path(source)):
             _check_weights(Path(source) / name)
+    if attn_implementation is None and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        attn_implementation = "eager"  # sdpa, which transformers before 5.18 takes by itself, does not cap logits
     loader: Any = getattr(transformers, _auto_class(config))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
