@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_families
 import torch
 import yaml
 from ops.op_cases import CASES
@@ -125,7 +126,33 @@ def test_links(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/adding_a_mixer.md", "docs/concepts.md", "docs/mixers.md"])
+def test_the_example_of_a_family_passes_the_tests_of_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import linearize.families
+    from linearize.hf import auto
+
+    (code,) = blocks(ROOT / "docs" / "adding_a_family.md", "python")
+    (tmp_path / "starcoder2.py").write_text(code)
+    assert "starcoder2" not in keys("families")
+    monkeypatch.setattr(linearize.families, "__path__", [*linearize.families.__path__, str(tmp_path)])
+    assert "starcoder2" in keys("families")
+    monkeypatch.setattr(auto, "register", lambda: None)  # it ran before there was this family
+    try:
+        for mask in (None, "left", "right"):
+            test_families.test_the_teachers_heads_are_what_projection_rotation_scale_and_reach_give("starcoder2", mask)
+        test_families.test_both_stages_train_and_touch_nothing_else("starcoder2")
+        test_families.test_shapes_are_those_of_the_projections("starcoder2")
+    finally:
+        sys.modules.pop("linearize.families.starcoder2")
+
+
+def test_the_table_of_families_is_complete() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{key}`" in readme for key in keys("families"))
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/adding_a_family.md", "docs/adding_a_mixer.md", "docs/concepts.md", "docs/mixers.md"]
+)
 def test_lines_are_short(page: str) -> None:
     lines = (ROOT / page).read_text().splitlines()
     assert not [line for line in lines if len(line) > 125 and not line.startswith("|")]
