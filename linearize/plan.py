@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from linearize.errors import UserError
 from linearize.families.base import Family
 from linearize.kept import AS_IN_SOURCE, Kept
-from linearize.mixers.base import Context, HeadShape, Mixer
+from linearize.mixers.base import Context, HeadShape, Mixer, build_mixer
 from linearize.recipe import Recipe, mixer_config
 from linearize.registry import family_of, find
 
@@ -143,7 +143,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
             continue
         with FakeTensorMode(), _default_dtype(dtype):
             try:
-                mixer = mixer_class(_on_torch(settings), shape)
+                mixer = build_mixer(mixer_class, _on_torch(settings), shape)
                 held = state_bytes(mixer, shape, dtype)
             except ValueError as error:
                 raise UserError(f"mixer {recipe.mixer['type']!r} cannot serve layer {index}: {error}") from error

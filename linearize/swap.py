@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from linearize.families.base import Family
 from linearize.hf.cache import state_layer
 from linearize.kept import AS_IN_SOURCE, Kept, KeptAttention, QueryScale
-from linearize.mixers.base import Context, Find, Mixer, State, config_from_dict
+from linearize.mixers.base import Context, Find, Mixer, State, build_mixer, config_from_dict
 from linearize.ops.layout import expand_heads
 
 
@@ -232,10 +232,11 @@ def swap_layers(
             attn.__class__ = _extended(KeptAttention, "Kept", family)
             continue
         mixer_class, config = spec
-        attn.mixer = mixer_class(config, family.shape(model.config, layer))
+        attn.mixer = build_mixer(mixer_class, config, family.shape(model.config, layer))
         attn.__class__ = _extended(SwappedAttention, "Linearized", family)
     if any(spec is not None for spec in specs):
-        family.base_model(model).register_forward_pre_hook(_attach_batch, with_kwargs=True)
+        attach = partial(_attach_batch, packs=family.causal)
+        family.base_model(model).register_forward_pre_hook(attach, with_kwargs=True)
 
 
 _EXTENDED: dict[tuple[type, type], type] = {}
@@ -257,13 +258,17 @@ def _positional(function: Any) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self")
 
 
-def _attach_batch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _attach_batch(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], *, packs: bool
+) -> tuple[tuple, dict[str, Any]]:
+    """Give the base model's layers the batch; `packs` says whether the architecture tells packed documents apart."""
     given = {**dict(zip(_positional(type(module).forward), args, strict=False)), **kwargs}
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     past = given.get("past_key_values")
     has_past = past is not None and past.get_seq_length() > 0
     rows, tokens = inputs.shape[:2]  # type: ignore[union-attr]
-    batch = read_batch(given.get("attention_mask"), given.get("position_ids"), rows, tokens, has_past)
+    positions = given.get("position_ids") if packs else None
+    batch = read_batch(given.get("attention_mask"), positions, rows, tokens, has_past)
     return args, {**kwargs, "linearize_batch": batch}
 
 

@@ -65,7 +65,9 @@ MORE: dict[str, dict[str, Any]] = {
 """What differs, by family."""
 
 
-KEYS = tuple(registry.keys("families"))
+KEYS = tuple(key for key in registry.keys("families") if registry.find("families", key, Family).causal)
+"""Decoders."""
+ENCODERS = tuple(key for key in registry.keys("families") if key not in KEYS)
 PRESETS = ("lolcats", "liger", "gdn")
 """Mixers that stand for all others where a family is tested: a window, a gate from the keys, a delta rule."""
 

@@ -14,7 +14,6 @@ from hf.test_export import in_clean_process, logits
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from linearize import registry
 from linearize.errors import UserError
 from linearize.hf.auto import linearized
 from linearize.hf.export import export
@@ -83,7 +82,7 @@ def seen_by(model: Any, layer: int, **options: Any) -> tuple[torch.Tensor, torch
     return caught[0], caught[1]
 
 
-@pytest.mark.parametrize("family", registry.keys("families"))
+@pytest.mark.parametrize("family", pico.KEYS)
 @torch.no_grad()
 def test_by_default_nothing_changes(family: str) -> None:
     cls, model = pico.find_family(family), pico.pico_model(family)
@@ -260,7 +259,7 @@ def test_a_family_without_rotary_embedding_has_none_to_lose() -> None:
     make_plan(Recipe.load("demo/lightning_h", overrides=[*changes, "kept.rope=true"]), pico.pico_config("gpt2"))
 
 
-@pytest.mark.parametrize("family", registry.keys("families"))
+@pytest.mark.parametrize("family", pico.KEYS)
 @torch.no_grad()
 def test_every_family_scales_its_queries_and_nothing_else(family: str) -> None:
     """Logits times s: the same as attention whose scale is s times larger, which every implementation has."""

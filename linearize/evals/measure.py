@@ -15,10 +15,14 @@ import torch
 
 from linearize.data import DataConfig, read_tokens, tokens_of
 from linearize.errors import UserError
+from linearize.evals.agreement import Agreement, agreement
 from linearize.evals.config import EvalConfig
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.recall_score import CASES, RecallScore, generate_greedily, padding_id, recall
 from linearize.evals.text import BranchLoss, TextLoss, branch_losses, loss_on_text
+from linearize.families.base import Family
+from linearize.registry import find, keys
+from linearize.swap import swapped
 
 TEXT_TOKENS = 2_000_000
 """Tokens of evaluation text that are read at most; windows are spread over them."""
@@ -37,6 +41,8 @@ class Measurement:
     prompt: str | None = None
     sample: str | None = None
     """What the model wrote after `prompt`, greedily."""
+    agreement: list[Agreement] = field(default_factory=list)
+    """Of an encoder with its softmax teacher."""
     tokens: int = 0
     """Training tokens used up to this point."""
     seconds: float = 0.0
@@ -61,6 +67,10 @@ class Measurement:
         """Share of right answers, None if not measured."""
         return next((r.exact_match for r in self.recall if (r.facts, r.distance) == (facts, distance)), None)
 
+    def agrees(self, length: int) -> Agreement | None:
+        """Agreement with the teacher at `length`, None if not measured."""
+        return next((found for found in self.agreement if found.length == length), None)
+
     def main_metrics(self, task: str) -> list[str]:
         """The metric of `task` that tables show; all of them if it has none of the usual ones."""
         metrics = [name for name in self.tasks[task] if not name.endswith("_stderr")]
@@ -79,7 +89,8 @@ class Measurement:
         ]
         branches = [BranchLoss(**loss) for loss in values["branches"]]
         scores = [RecallScore(**score) for score in values["recall"]]
-        return cls(**{**values, "losses": losses, "branches": branches, "recall": scores})
+        agree = [Agreement(**found) for found in values.get("agreement", [])]
+        return cls(**{**values, "losses": losses, "branches": branches, "recall": scores, "agreement": agree})
 
 
 def measure(
@@ -104,6 +115,8 @@ def measure(
     lengths = list(config.lengths) or [seq_len]
     scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.batch_size}
     result = Measurement(notes=_length_notes(model, lengths))
+    if not family_is_causal(model):
+        return _measure_encoder(result, model, config, token_ids, lengths, scoring)
     result.losses = [loss_on_text(model, token_ids, length=length, **scoring) for length in lengths]
     if config.branches:
         result.branches = branch_losses(model, token_ids, lengths=lengths, **scoring)
@@ -134,6 +147,23 @@ def measure(
     if config.sample_prompt is not None:
         result.prompt = config.sample_prompt
         result.sample = continuation(model, tokenizer, config.sample_prompt, config.sample_tokens)
+    return result
+
+
+def family_is_causal(model: Any) -> bool:
+    """Whether the model predicts the next token; False for encoders that this toolkit converts."""
+    key = model.config.model_type.removeprefix("linearized_")
+    return key not in keys("families") or find("families", key, Family).causal
+
+
+def _measure_encoder(
+    result: Measurement, model: Any, config: EvalConfig, text: torch.Tensor, lengths: list[int], scoring: dict
+) -> Measurement:
+    teacher = any(layer.teacher for layer in swapped(model).values()) or not swapped(model)
+    if not teacher:
+        result.agreement = [agreement(model, text, length=length, **scoring) for length in lengths]
+    if config.recall or config.tasks or config.sample_prompt:
+        result.notes.append("an encoder writes nothing, so recall, tasks and samples were not measured")
     return result
 
 

@@ -24,7 +24,9 @@ def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
     branches = union((loss.branch, loss.length) for _, m in points for loss in m.branches)
     cases = union((score.facts, score.distance) for _, m in points for score in m.recall)
     tasks = union((task, metric) for _, m in points for task in m.tasks for metric in m.main_metrics(task))
+    agreements = union(found.length for _, m in points for found in m.agreement)
     header = ["", *(name for length in lengths for name in (f"loss {length}", "gap"))]
+    header += [name for length in agreements for name in (f"embeddings agree {length}", f"tokens agree {length}")]
     header += [f"{branch} off {length}" for branch, length in branches]
     header += [case_name(case) for case in cases] + [f"{task} {metric}" for task, metric in tasks]
     header += ["tokens", "seconds"]
@@ -34,6 +36,9 @@ def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
         for length in lengths:
             gap = None if teacher is None or m is teacher else _minus(m.loss(length), teacher.loss(length))
             row += [number(m.loss(length)), number(gap, sign="+")]
+        for length in agreements:
+            found = m.agrees(length)
+            row += [number(value) for value in ((None, None) if found is None else (found.embedding, found.token))]
         row += [number(m.branch_loss(branch, length)) for branch, length in branches]
         row += [percent(m.recall_rate(*case)) for case in cases]
         row += [number(m.tasks.get(task, {}).get(metric)) for task, metric in tasks]

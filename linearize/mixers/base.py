@@ -104,6 +104,11 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @property
+    def bidirectional(self) -> bool:
+        """Whether it reads tokens after a query's own where `shape.causal` is false, as in an encoder."""
+        return False
+
+    @property
     def exact(self) -> int:
         """Last tokens, the current one included, that the mixer reads by softmax attention; 0 for none."""
         return 0
@@ -137,6 +142,21 @@ class Mixer(nn.Module):
         inits = self.inits()
         for key, parameter in self.named_parameters():
             inits[key].fill(parameter, name=f"{name}.{key}", seed=seed)
+
+
+def build_mixer(mixer_class: type[Mixer], config: Any, shape: HeadShape) -> Mixer:
+    """A mixer for a layer of this shape.
+
+    Raises:
+        ValueError: for settings that do not fit the shape, and for an encoder's layer if it reads backwards alone.
+    """
+    mixer = mixer_class(config, shape)
+    if not shape.causal and not mixer.bidirectional:
+        raise ValueError(
+            "this layer reads in both directions, and the mixer in one; take linear attention without decay, window or "
+            "convolution, such as hedgehog, t2r or based"
+        )
+    return mixer
 
 
 @contextmanager

@@ -157,6 +157,11 @@ class Composed(Mixer):
         return {**part_inits(self), **norms, **clones, **skip}
 
     @property
+    def bidirectional(self) -> bool:
+        plain = self.decay.granularity == "none" and self.conv is None and self.local is None
+        return plain and self.update.bidirectional
+
+    @property
     def linear_in_values(self) -> bool:
         output, config = self.config.output, self.config
         plain = output.norm == "none" and config.kv_heads == "shared" and not config.meta_tokens

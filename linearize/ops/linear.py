@@ -1,7 +1,8 @@
 """Linear attention with its normaliser kept apart (Katharopoulos et al. 2020, arXiv 2006.16236), and any decay.
 
 `linear_attention` takes feature-mapped q and k and returns numerator, denominator and state, so that a caller
-can share the denominator with another branch; `normalized` divides when there is none. The normaliser is one more
+can share the denominator with another branch; `normalized` divides when there is none. `bidirectional_linear_attention`
+is the same for encoders. The normaliser is one more
 column of the values, always 1, in the recurrences `simple_gla` and `gla`.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from linearize.ops.gla import GLA
-from linearize.ops.layout import fit_chunk, working_dtype
+from linearize.ops.layout import check_inputs, expand_heads, fit_chunk, working_dtype, zero_padding
 from linearize.ops.recurrence import Gate, Recurrence, run
 from linearize.ops.simple_gla import SIMPLE_GLA, obstacle
 
@@ -118,3 +119,23 @@ def linear_attention(
     )
     exact = working_dtype(num, den)  # a kernel returns both in its inputs' dtype
     return num.to(exact), den.to(exact), state
+
+
+def bidirectional_linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None = None
+) -> Pair:
+    """Linear attention over all tokens of a row, in linear time (Katharopoulos et al. 2020, arXiv 2006.16236, section
+    3.2): num_t = sum_i (q_t . k_i) v_i, den_t = sum_i q_t . k_i.
+
+    q `[B, T, Hq, F]`, k `[B, T, Hkv, F]` are feature-mapped, v `[B, T, Hkv, V]`; mask `[B, T]` bool, real tokens first
+    in each row. Returns num `[B, T, Hq, V]` and den `[B, T, Hq]` in float32 (float64 for float64 inputs).
+    Raises ValueError for shapes that do not fit.
+    """
+    check_inputs("bidirectional_linear_attention", q, k, v, mask=mask, documents=None, state=None)
+    with torch.autocast(q.device.type, enabled=False):
+        dtype, heads = working_dtype(q, k, v), q.shape[2]
+        q, k, v = q.to(dtype), zero_padding(k, mask).to(dtype), zero_padding(v, mask).to(dtype)
+        k, v = (expand_heads(x, max(k.shape[2], v.shape[2])) for x in (k, v))
+        S = expand_heads(torch.einsum("bthf,bthv->bhfv", k, v).transpose(1, 2), heads)  # [B, F, Hq, V]
+        z = expand_heads(k.sum(1, keepdim=True), heads)
+        return torch.einsum("bthf,bfhv->bthv", q, S), (q * z).sum(-1)

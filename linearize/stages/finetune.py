@@ -66,6 +66,11 @@ class Finetune(Stage):
         self.changed: list[str] = []
 
     def check(self, model: Any) -> None:
+        if not self.family.causal:
+            raise UserError(
+                f"stage finetune predicts the next token, and {self.family.__name__} models see it already; remove the "
+                "stage, and train the mixers by attention_transfer"
+            )
         if self.config.lora is None and not self.config.train:
             raise UserError("stage finetune trains nothing; set lora: {r: 8}, or train: ['*'] for all parameters")
         select(model, self.config.train, "finetune")

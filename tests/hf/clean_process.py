@@ -43,7 +43,9 @@ for folder in folders:
     transformers.AutoTokenizer.from_pretrained(folder)
     name = Path(folder).name
     with torch.no_grad():
-        results[f"{name}.logits"] = model(ids).logits
+        results[f"{name}.logits"] = model(ids)[0]
+    if not model.can_generate():
+        continue
     mask = torch.ones_like(ids)
     results[f"{name}.greedy"] = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
 assert not BLOCKED & {module.partition(".")[0] for module in sys.modules}

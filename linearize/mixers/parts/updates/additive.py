@@ -16,7 +16,7 @@ from linearize.mixers.parts.base import PartConfig
 from linearize.mixers.parts.decays.base import Gate
 from linearize.mixers.parts.updates.base import Operands, Read, Update, write_scaled
 from linearize.ops.gla import gla
-from linearize.ops.linear import linear_attention
+from linearize.ops.linear import bidirectional_linear_attention, linear_attention
 from linearize.ops.simple_gla import simple_gla
 
 
@@ -33,6 +33,7 @@ class Additive(Update):
     Config = AdditiveConfig
     decays = ("none", "head", "channel")
     normalizes = True
+    bidirectional = True
 
     def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         g = gate.log_decay
@@ -50,6 +51,9 @@ class Additive(Update):
         scale: float,
         **options: Any,
     ) -> Read:
+        if not self.shape.causal:
+            num, den = bidirectional_linear_attention(q, k, v, mask=options["mask"])
+            return (num, den, None) if normalize else (num * scale, None, None)
         if not normalize:
             return super().forward(q, k, v, gate, x, normalize=False, scale=scale, **options)
         # a common factor on all weights cancels, so there is no scale

@@ -47,6 +47,9 @@ class Update(Part):
     normalizes: ClassVar[bool] = False
     """Whether it can return a denominator, the sum of all weights."""
 
+    bidirectional: ClassVar[bool] = False
+    """Whether it can sum all tokens of a row, where `shape.causal` is false and nothing decays."""
+
     def __init__(self, config: Any, shape: HeadShape):
         super().__init__()
         self.config = config
