@@ -15,7 +15,7 @@ from linearize.hf.auto import linearized
 from linearize.plan import make_plan
 from linearize.recipe import Recipe
 from linearize.stages.base import Stage
-from linearize.swap import Call, run_teacher, swapped, teacher_logits
+from linearize.swap import Call, run_teacher, swapped, teacher_logits, teacher_path
 
 every_family = pytest.mark.parametrize("key", KEYS)
 ids = torch.randint(2, 90, (2, 23), generator=torch.Generator().manual_seed(1))
@@ -136,3 +136,38 @@ def test_attention_sees_only_its_reach() -> None:
     }
     assert reaches["llama"] == [None] * 3 and reaches["mistral"] == [12] * 3
     assert reaches["gemma2"] == reaches["gemma3_text"] == reaches["qwen2"] == [12, None, 12]
+
+
+def images(key: str) -> dict[str, torch.Tensor]:
+    """A row with one image of four tokens in front of text."""
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(2, 90, (1, 12), generator=generator)
+    if key == "qwen2_5_vl":
+        patches = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
+        ids = torch.cat([torch.tensor([[5, 94, 96, 96, 96, 96, 93]]), text], dim=1)
+        types = (ids == 96).long()
+        grid = torch.tensor([[1, 4, 4]])
+        return {"input_ids": ids, "pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": types}
+    side = 16 if key == "mistral3" else 8  # which merges 2 x 2 patches
+    ids = torch.cat([torch.tensor([[5, *[96] * 4]]), text], dim=1)
+    sizes = {"image_sizes": torch.tensor([[side, side]])} if key == "mistral3" else {}
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=generator), **sizes}
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if find_family(key).auto_class == "AutoModelForImageTextToText"])
+@pytest.mark.parametrize("layers", ["LLL", "LSL"])
+@torch.no_grad()
+def test_images_reach_the_mixers_and_the_vision_tower_stays(key: str, layers: str) -> None:
+    source, model, inputs = pico_model(key), converted(key, layers=layers), images(key)
+    tower = {n: p for n, p in source.state_dict().items() if "language_model" not in n}
+    assert any("vision" in n or "visual" in n for n in tower)
+    assert all(torch.equal(model.state_dict()[n], p) for n, p in tower.items())
+    assert all("language_model" in n for n in swapped(model))
+    with teacher_path(model):
+        assert torch.equal(model(**inputs).logits, source(**inputs).logits)
+    other = {**inputs, "pixel_values": -inputs["pixel_values"]}
+    assert not torch.allclose(model(**inputs).logits, model(**other).logits, atol=1e-4)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    mask = torch.ones_like(inputs["input_ids"])
+    cached = model.generate(**inputs, attention_mask=mask, **options)
+    assert torch.equal(cached, model.generate(**inputs, attention_mask=mask, use_cache=False, **options))
