@@ -9,20 +9,24 @@ wins: one call, pieces and single steps then choose the same tokens.
 import torch
 
 from linearize.ops.blocks import Blocks
+from linearize.ops.window import capped
 
 ABSENT = -1.0
 """The score of a place without a token; saliency is never negative."""
 
 
 @torch.no_grad()
-def attention_received(q: torch.Tensor, k: torch.Tensor, exists: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+def attention_received(
+    q: torch.Tensor, k: torch.Tensor, exists: torch.Tensor, blocks: Blocks, *, softcap: float | None = None
+) -> torch.Tensor:
     """What the call's queries add to the saliency of the tokens in each column: `[B, columns, H]` float64.
 
-    q `[B, N, H, c, K]` scaled and k `[B, N, H, span, K]`, bands of one older block; exists `[B, N, span]`.
+    q `[B, N, H, c, K]` scaled and k `[B, N, H, span, K]`, bands of one older block; exists `[B, N, span]`; softcap as
+    in `linearize.ops.window.capped`.
     """
     ages = blocks.ages()[:, None]
     near = (ages >= 0) & (ages < blocks.size) & exists[:, :, None] | (ages == 0)
-    scores = q.double() @ k.double().transpose(-1, -2)
+    scores = capped(q.double() @ k.double().transpose(-1, -2), softcap)
     weights = scores.masked_fill(~near[:, :, None], float("-inf")).softmax(-1)
     weights = torch.where(blocks.real()[:, :, None, :, None], weights, 0).sum(-2)  # [B, N, H, span]
     older, own = weights.unflatten(-1, (2, blocks.size)).unbind(-2)

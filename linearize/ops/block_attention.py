@@ -45,6 +45,7 @@ class _Rows:
     back: int
     bank: int
     scale: float
+    softcap: float | None
     k_dim: int
     v_dim: int
     features: Callable[[torch.Tensor], torch.Tensor]
@@ -91,7 +92,8 @@ class _Rows:
             gone, leaves = tokens[:, :, : blocks.number * self.block], blocks.exists()[:, : blocks.number * self.block]
             gone = gone.unflatten(2, (blocks.number, self.block))
             leaves = (leaves.unflatten(1, (blocks.number, self.block)) & blocks.full()[..., None])[:, None]
-        out, lse, peak = attend(queries, band[..., : self.k_dim].mT, band[..., self.k_dim :], visible, None)
+        keys, values = band[..., : self.k_dim].mT, band[..., self.k_dim :]
+        out, lse, peak = attend(queries, keys, values, visible, None, softcap=self.softcap)
         num, den, sums = self._linear(blocks.queries(phi_q.to(dtype)).transpose(2, 3), gone, leaves, past)
         read = Read(*(blocks.outputs(x.transpose(2, 3)) for x in (out, lse, peak, num, den)))
         return read, after | sums
@@ -108,7 +110,8 @@ class _Rows:
         """The bank `[B, H, N, bank, D]` that each block sees, who is dropped at its end `[B, H, N, block, D]` and which
         of those exist, and the bank's part of the state."""
         received = blocks.carried(past["received"])
-        received = received + attention_received(queries, band[..., : self.k_dim], exists, blocks)
+        keys = band[..., : self.k_dim]
+        received = received + attention_received(queries, keys, exists, blocks, softcap=self.softcap)
         scores = torch.where(blocks.exists()[..., None], received.float(), ABSENT)
         scores = torch.cat([past["score"], scores], dim=1).transpose(1, 2)
         banks, gone, leaves = choose(scores, blocks, self.bank)
@@ -153,6 +156,7 @@ def block_attention(
     back: int = 0,
     bank: int = 0,
     scale: float,
+    softcap: float | None = None,
     linear_k: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
@@ -160,9 +164,10 @@ def block_attention(
 ) -> tuple[Read, State]:
     """The two branches over disjoint sets of tokens; see the module docstring.
 
-    q `[B, T, Hq, K]`, k `[B, T, Hkv, K]` and v `[B, T, Hkv, V]` as the softmax sees them, scale multiplies q . k;
-    phi_q `[B, T, Hq, F]` the queries' features; `features` maps keys `[B, L, Hq, K]` to theirs `[B, L, Hq, F]`, those
-    of linear_k `[B, T, Hkv, K]` if given, else of k. block and bank in tokens, back in blocks; a bank needs back = 1
+    q `[B, T, Hq, K]`, k `[B, T, Hkv, K]` and v `[B, T, Hkv, V]` as the softmax sees them, scale multiplies q . k and
+    softcap bounds the products, those of the saliency too (`linearize.ops.window.capped`; None: no bound); phi_q
+    `[B, T, Hq, F]` the queries' features; `features` maps keys `[B, L, Hq, K]` to theirs `[B, L, Hq, F]`, those of
+    linear_k `[B, T, Hkv, K]` if given, else of k. block and bank in tokens, back in blocks; a bank needs back = 1
     and is chosen for each query head by saliency (`linearize.ops.bank`), without a gradient through the choice. mask
     `[B, T]` bool, real tokens first in each row; documents `[B, T]` int, non-decreasing, blocks count from the start of
     each; state as returned.
@@ -171,7 +176,8 @@ def block_attention(
     blocks in reach, seen `[B]` int64, S `[B, Hq, F, V]` and z `[B, Hq, F]`; with a bank also the saliency so far of
     the tokens in local, received, and bank `[B, bank, Hq, D]` with its score. With documents it is that of the row's
     last document. Padding changes no state; what is read at padding is finite and carries no meaning.
-    Raises ValueError for shapes that do not fit, impossible sizes, or documents with a state.
+    Raises ValueError for shapes that do not fit, impossible sizes, a softcap that is not positive, or documents with a
+    state.
     """
     check_inputs("block_attention", q, k, v, mask=mask, documents=documents, state=state)
     if block < 1 or back < 0 or bank < 0 or (bank and back != 1):
@@ -181,7 +187,7 @@ def block_attention(
         )
     with torch.autocast(q.device.type, enabled=False):
         kept = torch.cat([k, v] if linear_k is None else [k, v, linear_k], dim=-1)
-        rows = _Rows(block, back, bank, scale, k.shape[-1], v.shape[-1], features)
+        rows = _Rows(block, back, bank, scale, softcap, k.shape[-1], v.shape[-1], features)
         present = torch.ones_like(q[..., 0, 0]) if mask is None else mask.to(q.dtype)
         inputs = [q, zero_padding(kept, mask), phi_q, present]
         if documents is None:

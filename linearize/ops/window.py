@@ -2,7 +2,8 @@
 
 `window_attention` is banded (memory O(T * window)) and serves training, prefill and decoding: a state holds
 the last `window` tokens, so rows continue where they stopped. `leaving` names the tokens that fall out of the
-window at each step, for mixers whose other branch takes them over.
+window at each step, for mixers whose other branch takes them over. `capped` bounds the scores, where the source
+model bounds its own.
 """
 
 from typing import Any
@@ -14,7 +15,20 @@ from linearize.ops.documents import positions
 from linearize.ops.layout import check_inputs, expand_heads, working_dtype, zero_padding
 from linearize.ops.window_state import State, advance, check_state, init_state, leaving
 
-__all__ = ["State", "attend", "init_state", "leaving", "naive", "window_attention"]
+__all__ = ["State", "attend", "capped", "init_state", "leaving", "naive", "window_attention"]
+
+
+def capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """softcap * tanh(scores / softcap): every score between -softcap and softcap; None leaves them as they are.
+
+    The scores, of any shape, are already scaled and not yet masked. Gemma 2 (arXiv:2408.00118), section 2.
+    Raises ValueError for a softcap that is not positive.
+    """
+    if softcap is None:
+        return scores
+    if softcap <= 0:
+        raise ValueError(f"softcap must be positive, or None for scores without a bound, got {softcap:g}")
+    return softcap * (scores / softcap).tanh()
 
 
 def naive(
@@ -24,6 +38,7 @@ def naive(
     *,
     window: int,
     scale: float,
+    softcap: float | None = None,
     sinks: int = 0,
     mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
@@ -40,7 +55,7 @@ def naive(
     seen = seen & (documents[:, :, None] == documents[:, None, :])
     if mask is not None:
         seen = (seen & mask[:, None, :] & mask[:, :, None]) | (age == 0)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    scores = capped(torch.einsum("bthd,bshd->bhts", q, k) * scale, softcap)
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
     return out, scores.logsumexp(-1).transpose(1, 2), scores.amax(-1).transpose(1, 2)
@@ -93,14 +108,17 @@ def attend(
     v: torch.Tensor,
     visible: torch.Tensor,
     sink: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    *,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax attention of blocks of c queries over their bands, with one query head per kv head.
 
     q `[B, N, H, c, D]` (scaled), k `[B, N, H, D, span]`, v `[B, N, H, span, V]`, visible `[B, N, c, span]`.
     sink: keys and values `[B, S, H, D]`, or `[B, N, c, S, H, D]` when each query has its own, and who sees
-    them `[B, N, c, S]`. Returns out `[B, N, H, c, V]`, lse and max `[B, N, H, c]`.
+    them `[B, N, c, S]`. softcap bounds all scores, see `capped`.
+    Returns out `[B, N, H, c, V]`, lse and max `[B, N, H, c]`.
     """
-    scores = (q @ k).masked_fill(~visible[:, :, None], float("-inf"))
+    scores = capped(q @ k, softcap).masked_fill(~visible[:, :, None], float("-inf"))
     if sink is None:
         top = scores.amax(-1)
         weights = (scores - top.detach().unsqueeze(-1)).exp()
@@ -108,7 +126,7 @@ def attend(
     else:
         keys, values, seen = sink
         axes = "bshd" if keys.dim() == 4 else "bncshd"
-        sink_scores = torch.einsum(f"bnhcd,{axes}->bnhcs", q, keys)
+        sink_scores = capped(torch.einsum(f"bnhcd,{axes}->bnhcs", q, keys), softcap)
         sink_scores = sink_scores.masked_fill(~seen[:, :, None], float("-inf"))
         top = torch.maximum(scores.amax(-1), sink_scores.amax(-1))
         shift = top.detach().unsqueeze(-1)
@@ -145,12 +163,12 @@ def _sink_columns(
 
 
 def step(
-    q: torch.Tensor, after: State, mask: torch.Tensor | None, *, window: int
+    q: torch.Tensor, after: State, mask: torch.Tensor | None, *, window: int, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One decoded token: q `[B, 1, Hq, K]` (scaled) against the ring that already holds its own key and value.
 
-    Products are summed element by element, so that a head gives the same bits grouped or not and in any batch.
-    Returns out `[B, 1, Hq, V]`, lse and max `[B, 1, Hq]`, as `window_attention` does.
+    Products are summed element by element, so that a head gives the same bits grouped or not and in any batch; softcap
+    bounds the sums, see `capped`. Returns out `[B, 1, Hq, V]`, lse and max `[B, 1, Hq]`, as `window_attention` does.
     """
     keys, values, seen = after["k"], after["v"], after["valid"].clone()
     seen[:, -1] = True  # an empty row attends to a zero key instead of to nothing
@@ -161,7 +179,7 @@ def step(
         seen = torch.cat([far, seen], dim=1)
     grouped = q[:, 0].unflatten(1, (keys.shape[2], -1)).unsqueeze(3)  # [B, Hkv, G, 1, K]
     keys, values = (x.to(q.dtype).transpose(1, 2).unsqueeze(2) for x in (keys, values))  # [B, Hkv, 1, W, D]
-    scores = (grouped * keys).sum(-1).masked_fill(~seen[:, None, None], float("-inf"))
+    scores = capped((grouped * keys).sum(-1), softcap).masked_fill(~seen[:, None, None], float("-inf"))
     top = scores.amax(-1)
     weights = (scores - top.detach().unsqueeze(-1)).exp()
     total = weights.sum(-1)
@@ -177,6 +195,7 @@ def window_attention(
     *,
     window: int,
     scale: float,
+    softcap: float | None = None,
     sinks: int = 0,
     mask: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
@@ -187,14 +206,16 @@ def window_attention(
     tokens.
 
     q `[B, T, Hq, K]`, k `[B, T, Hkv, K]`, v `[B, T, Hkv, V]`; window and sinks in tokens; scale multiplies q
-    . k; mask `[B, T]` bool, real tokens first in each row; documents `[B, T]` int, non-decreasing; state from
-    `init_state` or a former call (None: the rows start here). Sinks: Xiao et al. 2023, arXiv 2309.17453.
+    . k, and softcap bounds the products, those of sinks too (`capped`; None: no bound); mask `[B, T]` bool, real tokens
+    first in each row; documents `[B, T]` int, non-decreasing; state from `init_state` or a former call (None: the rows
+    start here). Sinks: Xiao et al. 2023, arXiv 2309.17453.
 
     Returns (out, lse, state), or (out, lse, max, state) with return_max. out `[B, T, Hq, V]` is in v's dtype,
-    0 at padding; lse and max `[B, T, Hq]`, the logsumexp and the largest of a row's scaled scores, are
+    0 at padding; lse and max `[B, T, Hq]`, the logsumexp and the largest of a row's scores, are
     float32 (float64 for float64 inputs), differentiable and finite. Scores are computed in that precision
     too. With documents the state is that of the row's last document.
-    Raises ValueError for shapes that do not fit, documents with a state, or a state of other sizes.
+    Raises ValueError for shapes that do not fit, documents with a state, a state of other sizes, or a softcap that is
+    not positive.
     """
     check_inputs("window_attention", q, k, v, mask=mask, documents=documents, state=state)
     check_state(window, sinks, state)
@@ -209,7 +230,7 @@ def window_attention(
         after = advance(state, k, v, mask, documents)
         dtype, out_dtype = working_dtype(q, k, v), v.dtype
         if T == 1 and documents is None:
-            out, lse, top = step(q.to(dtype) * scale, after, mask, window=window)
+            out, lse, top = step(q.to(dtype) * scale, after, mask, window=window, softcap=softcap)
             return (out.to(out_dtype), lse, top, after) if return_max else (out.to(out_dtype), lse, after)
         q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
         block = min(T, 64, max(16, window))
@@ -226,7 +247,8 @@ def window_attention(
         # One query head of each group at a time: k and v are never copied per query head, and every product
         # has the shape it has with expanded heads, so both give the same bits.
         groups = _blocks(q, block).transpose(2, 3).unflatten(2, (kv_heads, heads // kv_heads)).unbind(3)
-        parts = zip(*(attend(q_group, k_band, v_band, visible, sink) for q_group in groups), strict=True)
+        results = (attend(q_group, k_band, v_band, visible, sink, softcap=softcap) for q_group in groups)
+        parts = zip(*results, strict=True)
         out, lse, top = (torch.stack(part, dim=3).flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :T] for part in parts)
         out = out.to(out_dtype)
         return (out, lse, top, after) if return_max else (out, lse, after)

@@ -97,6 +97,7 @@ class BlockMixer(Mixer):
             back=self.back,
             bank=self.bank,
             scale=self.shape.scale,
+            softcap=self.shape.softcap,
             linear_k=k if rope == "window" else None,
             mask=ctx.mask,
             documents=ctx.documents,

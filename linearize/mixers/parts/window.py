@@ -2,7 +2,8 @@
 
 Sinks are StreamingLLM's (Xiao et al. 2023, arXiv:2309.17453). Meta tokens are keys and values that belong to no
 position and that every query sees, as in Lizard (arXiv:2507.09025); they start so far below every score that they have
-no weight to speak of.
+no weight to speak of. A source that caps its logits has them capped here as well, with meta tokens' products of query
+and key; their biases are added afterwards, as a mask is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from linearize.inits.base import Constant, Init, Normal
 from linearize.mixers.base import Context, HeadShape
 from linearize.mixers.parts.base import Part
 from linearize.mixers.parts.combines.base import Window
-from linearize.ops.window import window_attention
+from linearize.ops.window import capped, window_attention
 
 
 class LocalWindow(Part):
@@ -53,6 +54,7 @@ class LocalWindow(Part):
             window=self.window,
             sinks=self.sinks,
             scale=self.shape.scale,
+            softcap=self.shape.softcap,
             mask=ctx.mask,
             documents=ctx.documents,
             state=state,
@@ -62,7 +64,7 @@ class LocalWindow(Part):
             return Window(out, lse, peak), after
         dtype = lse.dtype
         scores = torch.einsum("bthk,hmk->bthm", bare_q.to(dtype), self.meta_k.to(dtype)) * self.shape.scale
-        scores = scores + self.meta_bias.to(dtype)
+        scores = capped(scores, self.shape.softcap) + self.meta_bias.to(dtype)
         whole = torch.logaddexp(lse, scores.logsumexp(-1))
         meta = torch.einsum("bthm,hmv->bthv", (scores - whole.unsqueeze(-1)).exp(), self.meta_v.to(dtype))
         meta = F.pad(meta, (0, out.shape[-1] - meta.shape[-1]))
