@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from linearize.cli._arguments import add_trust, dtype, numbers, positive
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per row of the training steps of the recipe's stages; 0 times none (default: 1024)",
     )
+    parser.add_argument(
+        "--drafts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also decode held-out text of the checkpoint's recipe with N tokens drafted at a time (default: 0, not)",
+    )
     parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
     add_trust(parser)
 
@@ -55,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("give either the PATH of a checkpoint or --shape for random weights")
     if arguments.path and arguments.mixer:
         raise UserError(f"--mixer goes with --shape; {arguments.path} has its own mixers")
+    prompts = _prompts(arguments) if arguments.drafts > 0 else None
     model = _model(arguments)
 
     def measured(report: BenchReport) -> None:
@@ -74,6 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         repeats=arguments.repeats,
         stages=_stages(arguments, model) if arguments.train_length > 0 else (),
         train_length=arguments.train_length,
+        prompts=prompts,
+        drafts=arguments.drafts,
         measured=measured,
     )
     print(report.table())
@@ -81,10 +92,28 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"\nreport written to {arguments.output}")
 
 
+def _prompts(arguments: argparse.Namespace) -> Any:
+    """Eight pieces of 256 tokens of the text that the checkpoint's recipe measures on, [8, 256]."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from linearize import Recipe
+    from linearize.errors import UserError
+    from linearize.evals.measure import eval_tokens
+    from linearize.evals.text import spread_windows
+
+    written = Path(arguments.path or "") / "recipe.yaml"
+    if not arguments.path or not written.is_file():
+        raise UserError("--drafts decodes text of a checkpoint's recipe; give the folder of a conversion")
+    recipe = Recipe.load(written)
+    if recipe.evaluation is None:
+        raise UserError(f"--drafts needs held-out text, and {written} has no evaluation section")
+    text = eval_tokens(recipe.evaluation, AutoTokenizer.from_pretrained(arguments.path), recipe.data)
+    return torch.stack([text[start : start + 256] for start in spread_windows(len(text), 256, 8)])
+
+
 def _stages(arguments: argparse.Namespace, model: Any) -> list:
     """The stages of the checkpoint's recipe, or of the mixer's default one."""
-    from pathlib import Path
-
     import yaml
 
     from linearize import Recipe

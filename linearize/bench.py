@@ -12,7 +12,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from linearize.evals.text import evaluating
 from linearize.hf.auto import linearized
 from linearize.hf.cache import StateLayer
 from linearize.memory import memory_method, now, out_of_memory, peak_bytes, release
+from linearize.speculative import Speculation, speculate
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 
 OUT_OF_MEMORY = "out of memory"
 STEP_HEADER = ["training step", "rows x tokens", "teacher tok/s", "student tok/s", "student / teacher", "peak MiB"]
+SPECULATION_HEADER = ["draft for target", "drafted", "accepted", "alone tok/s", "with drafts tok/s", "with / alone"]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -91,6 +93,8 @@ class BenchReport:
     settings: dict[str, Any]
     memory: str
     """How peak memory was measured."""
+    speculations: list[Speculation] = field(default_factory=list)
+    """Speculative decoding; empty when no prompts were given."""
 
     def at(self, path: str, length: int) -> Speed:
         """The row of one path at one length."""
@@ -110,6 +114,8 @@ class BenchReport:
         lines.append(f"peak: {self.memory}")
         if self.steps:
             lines += ["", grid(STEP_HEADER, [_step_row(step) for step in self.steps])]
+        if self.speculations:
+            lines += ["", grid(SPECULATION_HEADER, [_speculation_row(found) for found in self.speculations])]
         return "\n".join(lines)
 
     def to_json(self, path: str | Path) -> None:
@@ -131,6 +137,8 @@ def bench(
     stages: Sequence[Stage] = (),
     train_length: int = 1024,
     seed: int = 0,
+    prompts: torch.Tensor | None = None,
+    drafts: int = 4,
     measured: Callable[[BenchReport], None] | None = None,
 ) -> BenchReport:
     """Time prefill and decoding of teacher and student, interleaved so that both see the same machine.
@@ -145,6 +153,8 @@ def bench(
         stages: training stages to time a step of, in their order; the student cannot be used after that.
         train_length: tokens per row of a training step.
         seed: of the random token ids.
+        prompts: [N, T] token ids of text, to decode speculatively after; acceptance says nothing on random ids.
+        drafts: tokens drafted at a time there.
         measured: called with the report so far after each length and each stage.
 
     A length that does not fit into memory gives a row that says so.
@@ -189,6 +199,9 @@ def bench(
                     peaks.pop(path, None)
         for path in paths:
             report.speeds.append(_speed(path, length, batch_size, decode_tokens, runs[path], peaks.get(path)))
+        measured(report)
+    if prompts is not None:
+        report.speculations.extend(speculate(student, prompts, drafts=drafts))
         measured(report)
     for step in time_stages(student, stages, batch=batch_size, length=train_length, repeats=repeats, seed=seed):
         report.steps.append(step)
@@ -276,6 +289,12 @@ def _step_row(step: StepSpeed) -> list[str]:
     ratio = NOTHING if step.teacher is None else f"{step.student / step.teacher:.3g}x"
     teacher = NOTHING if step.teacher is None else f"{step.teacher:,.0f}"
     return [step.stage, size, teacher, f"{step.student:,.0f}", ratio, f"{step.peak_bytes / 2**20:,.2f}"]
+
+
+def _speculation_row(found: Speculation) -> list[str]:
+    counts = [f"{found.drafted:,}", f"{found.acceptance:.0%}"]
+    ratio = f"{found.assisted / found.plain:.3g}x"
+    return [f"{found.draft} for {found.target}", *counts, f"{found.plain:,.1f}", f"{found.assisted:,.1f}", ratio]
 
 
 def _shape_config(shape: str) -> Any:

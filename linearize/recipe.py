@@ -66,6 +66,8 @@ ALIASES = {
     "pythia-160m": "EleutherAI/pythia-160m",
     "pythia-1b": "EleutherAI/pythia-1b",
     "pythia-2.8b": "EleutherAI/pythia-2.8b",
+    "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
     "gpt2": "openai-community/gpt2",
     "gpt2-xl": "openai-community/gpt2-xl",
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",

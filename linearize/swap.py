@@ -22,6 +22,7 @@ from linearize.hf.cache import state_layer
 from linearize.kept import AS_IN_SOURCE, Kept, KeptAttention, QueryScale
 from linearize.mixers.base import Context, Find, Mixer, State, build_mixer, config_from_dict
 from linearize.ops.layout import expand_heads
+from linearize.ops.window import capped
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,13 @@ class SwappedAttention(nn.Module):
         state = None if memory is None else memory.state
         y, state = self.heads(x, position, batch, state)
         if memory is not None:
+            disabled = self.mixer.disabled
 
             def replay(past: State | None, tokens: int) -> State:
                 first = torch.arange(tokens, device=x.device).expand(x.shape[0], -1)
-                return self.heads(x[:, :tokens], self.family.position_at(position, first), batch.head(tokens), past)[1]
+                with self.mixer.without(disabled):
+                    there = self.family.position_at(position, first)
+                    return self.heads(x[:, :tokens], there, batch.head(tokens), past)[1]
 
             memory.advance(state, x.shape[1], replay)
         return self.family.output(self, y.flatten(-2).to(x.dtype)), None
@@ -187,8 +191,7 @@ def teacher_logits(attn: SwappedAttention, call: Call, queries: slice = slice(No
     if batch.order is not None:
         q, k = reordered(q, batch.order), reordered(k, batch.order)
     scores = torch.einsum("bihd,bjhd->bhij", q[:, queries].float(), expand_heads(k, q.shape[2]).float()) * shape.scale
-    if shape.softcap is not None:
-        scores = shape.softcap * (scores / shape.softcap).tanh()
+    scores = capped(scores, shape.softcap)
     place = torch.arange(x.shape[1], device=x.device)
     age = place[queries, None] - place[None, :]
     seen = torch.ones_like(age, dtype=torch.bool)

@@ -58,6 +58,10 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
     rows = [
         row(f"loss {length}", [m.loss(length) for m in columns]) for length in union(p.length for p in student.losses)
     ]
+    for found in student.agreement:
+        nothing: list[float | None] = [None] * (len(columns) - 1)
+        rows.append(row(f"embeddings agree {found.length}", [*nothing, found.embedding]))
+        rows.append(row(f"tokens agree {found.length}", [*nothing, found.token]))
     for point in student.losses:
         for first, end, _ in point.by_position:
             values = [m.position_loss(point.length, first, end) for m in columns]

@@ -8,7 +8,7 @@ drop rejected tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,11 +30,14 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, layers: Sequence[Any] = ()) -> None:
-        """`layers`: all layers of the cache, one of which may be a softmax layer that sizes the masks."""
+    softmax: Any = None
+    """A softmax layer of the same cache, which sizes the masks; None where there is none. It is all of the cache that
+    a layer may hold: a way back to itself would keep a dropped cache in memory, and torch.compile from returning one.
+    """
+
+    def __init__(self) -> None:
         LinearAttentionCacheLayerMixin.__init__(self)
         CacheLayerMixin.__init__(self)
-        self.layers = layers
         self.state: Any = None
         self.length = 0
         self.pending: list[tuple[Any, int, Replay | None]] = []
@@ -56,9 +59,8 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # transformers before 5.18 asks the first layer, whatever it is, for the mask of the softmax layers.
-        for layer in self.layers:
-            if not isinstance(layer, StateLayer) and not getattr(layer, "is_sliding", False):
-                return layer.get_mask_sizes(query_length)
+        if self.softmax is not None:
+            return self.softmax.get_mask_sizes(query_length)
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -141,5 +143,8 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
                 f"layer {index} already holds {tokens} tokens of a softmax layer in this cache; a mixer "
                 "cannot continue from them, so give each path of a model its own cache"
             )
-        layers[index] = layer = StateLayer(layers)
+        layers[index] = layer = StateLayer()
+        softmax = [x for x in layers if not isinstance(x, StateLayer) and not getattr(x, "is_sliding", False)]
+        for state in (x for x in layers if isinstance(x, StateLayer)):
+            state.softmax = softmax[0] if softmax else None
     return layer

@@ -126,6 +126,15 @@ class Mixer(nn.Module):
         """
         return None
 
+    @contextmanager
+    def without(self, disabled: frozenset[str]) -> Iterator[None]:
+        """Inside the context these branches, and no others, are switched off."""
+        before, self.disabled = self.disabled, disabled
+        try:
+            yield
+        finally:
+            self.disabled = before
+
     def calibrate(self, measured: Any) -> None:
         """Set parameters from a `linearize.mixers.parts.base.Calibration` of the layer; by default there are none."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from trainable import make_recipe
 
 import linearize
 from linearize.cli.main import main
@@ -173,7 +174,10 @@ def test_bench_times_random_weights_and_checkpoints(
 ) -> None:
     quick = ["--lengths", "16,32", "--decode-tokens", "2", "--repeats", "1"]
     report = tmp_path / "bench.json"
-    for model in ([checkpoint], ["--shape", config_only, "--mixer", "liger", "--dtype", "float32"]):
+    recipe = make_recipe(tmp_path, evaluation={"text": str(tmp_path / "train.jsonl")})
+    Path(checkpoint, "recipe.yaml").write_text(recipe.to_yaml())
+    drafts = ["--drafts", "2", "--train-length", "0"]
+    for model in ([checkpoint, *drafts], ["--shape", config_only, "--mixer", "liger", "--dtype", "float32"]):
         assert main(["bench", *model, *quick, "--output", str(report)]) == 0
         assert capsys.readouterr().out.count("| student / teacher") >= 2
         assert [row["length"] for row in json.loads(report.read_text())["speeds"]] == [16, 16, 32, 32]
@@ -186,6 +190,7 @@ def test_bench_times_random_weights_and_checkpoints(
         ("bench there --shape llama-3-8b", "give either the PATH of a checkpoint or --shape"),
         ("bench there --mixer liger", "--mixer goes with --shape; there has its own mixers"),
         ("bench --shape llama-3-8c", "unknown shape 'llama-3-8c'; did you mean 'llama-3-8b'?"),
+        ("bench --shape llama-3.2-1b --lengths 8 --drafts 4 --train-length 0", "--drafts decodes text of a checkpoint"),
         ("bench --shape llama-3-8b --dtype float3", "unknown dtype 'float3'; known: bfloat16"),
     ],
 )

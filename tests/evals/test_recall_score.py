@@ -22,7 +22,8 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.tokenizer, self.spoil = tokenizer, spoil
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(max_position_embeddings=positions)
+        text = SimpleNamespace(max_position_embeddings=positions)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
         self.prompts: list[str] = []
 
     def generate(self, input_ids, attention_mask, max_new_tokens, **kwargs):

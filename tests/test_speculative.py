@@ -1,0 +1,54 @@
+"""Speculative decoding: the output is the target's, drafts are counted, and a state without its branch is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from linearize.errors import UserError
+from linearize.mixers.base import branch_off
+from linearize.speculative import speculate
+from linearize.swap import swapped
+
+prompts = torch.randint(2, 97, (2, 25), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layers", ["LLL", "LSL"])
+@pytest.mark.parametrize(("key", "pairs"), [("gdn", ["mixers"]), ("lolcats", ["mixers", "window"])])
+def test_drafts_are_counted_and_change_nothing(converted: Any, key: str, pairs: list[str], layers: str) -> None:
+    found = speculate(converted(key, layers), prompts, new_tokens=20, drafts=3)
+    assert [(s.draft, s.target) for s in found] == [("mixers", "softmax"), ("window", "mixers")][: len(pairs)]
+    for s in found:
+        assert s.tokens == 40 and 0 <= s.accepted <= s.drafted and s.plain > 0 and s.assisted > 0
+
+
+def test_a_perfect_draft_is_always_accepted(converted: Any) -> None:
+    model = converted("lolcats")
+    for attn in swapped(model).values():
+        attn.mixer.combine.window_factor.data.fill_(60.0)
+        attn.mixer.map_k.weight.data.fill_(0.0)
+        attn.mixer.config = attn.mixer.config
+    for attn in swapped(model).values():  # a linear branch that reads nothing: the window is the whole mixer
+        attn.mixer.update.forward = lambda q, k, v, *a, **o: (
+            v.new_zeros(*q.shape[:3], v.shape[-1]),
+            v.new_zeros(q.shape[:3]),
+            (),
+        )
+    (_, window) = speculate(model, prompts, new_tokens=20, drafts=4)
+    assert window.acceptance == 1.0 and window.drafted == window.accepted == 32  # 4 of 5 tokens of each round
+
+
+def test_a_model_without_mixers_is_refused(pico_model: Any) -> None:
+    with pytest.raises(UserError, match="nothing to draft with"):
+        speculate(pico_model(), prompts)
+
+
+def test_a_state_filled_without_the_linear_branch_is_refused_with_it(converted: Any) -> None:
+    model = converted("lolcats")
+    with torch.no_grad(), branch_off(model, "linear"):
+        cache = model(prompts, use_cache=True).past_key_values
+        model(prompts[:, :1], past_key_values=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match="filled with the linear branch switched off"):
+        model(prompts[:, :1], past_key_values=cache)
