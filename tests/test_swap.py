@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico import cases, find_family, pico_model
+from pico import KEYS, cases, find_family, pico_model
 
 from linearize import registry
 from linearize.hf.auto import find_class, linearized
@@ -13,7 +13,7 @@ from linearize.mixers.base import Mixer
 from linearize.swap import Batch, mixer_specs, read_batch, swap_layers, swapped, teacher_path
 
 every_mixer = pytest.mark.parametrize("key", registry.keys("mixers"))
-every_family = pytest.mark.parametrize("family", registry.keys("families"))
+every_family = pytest.mark.parametrize("family", KEYS)
 
 NOTHING = Batch(None, None, None, None)
 

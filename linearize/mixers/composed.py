@@ -211,10 +211,6 @@ class Composed(Mixer):
                 memory_k, memory_v, valid = self._leaving(k_local, carried, v.shape[-1], ctx, past.get("window"))
             window, after["window"] = self.local(q_local, k_local, carried, ctx, past.get("window"), q)
             window = window._replace(out=window.out[..., : v.shape[-1]])
-        if window is not None and "linear" in self.disabled:  # nobody reads it, and its state is not kept
-            return window.out.to(dtype), after
-        if past and "linear" not in past:
-            raise ValueError("this state was filled with the linear branch switched off; fill another with it on")
         memory, after["linear"] = self._recur(bare_q, memory_k, memory_v, valid, gate, x, ctx, past.get("linear"))
         return self._join(window, memory, x).to(dtype), after
 
@@ -273,6 +269,8 @@ class Composed(Mixer):
         return Memory(y, den), after
 
     def _join(self, window: Any, memory: Memory, x: torch.Tensor) -> torch.Tensor:
+        if "linear" in self.disabled:
+            return window.out
         alone = window is None or "window" in self.disabled
         if memory.den is not None and (alone or not self.exclusive):
             memory = Memory(normalized(memory.out, memory.den), None)
