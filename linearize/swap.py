@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -238,8 +238,9 @@ def swap_layers(
         attn.mixer = build_mixer(mixer_class, config, family.shape(model.config, layer))
         attn.__class__ = _extended(SwappedAttention, "Linearized", family)
     if any(spec is not None for spec in specs):
-        attach = partial(_attach_batch, packs=family.causal)
-        family.base_model(model).register_forward_pre_hook(attach, with_kwargs=True)
+        base = family.base_model(model)
+        attach = partial(_attach_batch, names=_positional(type(base).forward), packs=family.causal)
+        base.register_forward_pre_hook(attach, with_kwargs=True)
 
 
 _EXTENDED: dict[tuple[type, type], type] = {}
@@ -254,7 +255,6 @@ def _extended(front: type, prefix: str, family: type[Family]) -> type:
     return _EXTENDED[front, attention]
 
 
-@cache
 def _positional(function: Any) -> tuple[str, ...]:
     """Names of the arguments that a method takes by position, without self."""
     parameters = inspect.signature(function).parameters.values()
@@ -262,10 +262,12 @@ def _positional(function: Any) -> tuple[str, ...]:
 
 
 def _attach_batch(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], *, packs: bool
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], *, names: tuple[str, ...], packs: bool
 ) -> tuple[tuple, dict[str, Any]]:
-    """Give the base model's layers the batch; `packs` says whether the architecture tells packed documents apart."""
-    given = {**dict(zip(_positional(type(module).forward), args, strict=False)), **kwargs}
+    """Give the base model's layers the batch. `names` are those of its arguments, in order; `packs` says whether the
+    architecture tells packed documents apart.
+    """
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     past = given.get("past_key_values")
     has_past = past is not None and past.get_seq_length() > 0
