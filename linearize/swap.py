@@ -43,6 +43,11 @@ class Batch:
         """[B, T] bool, which tokens are real where the batch has them, or None for all."""
         return self.mask if self.mask is None or self.inverse is None else self.mask.gather(1, self.inverse)
 
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """The same elsewhere: accelerate moves what a layer on another device is given by its `to`."""
+        tensors = (self.mask, self.documents, self.order, self.inverse)
+        return Batch(*(t if t is None else t.to(*args, **kwargs) for t in tensors))
+
     def head(self, tokens: int) -> Batch:
         """The same for the first `tokens` columns alone."""
         if self.real is not None:
@@ -84,11 +89,12 @@ def read_batch(
 
 
 def _padded(mask: torch.Tensor) -> Batch:
-    if mask.shape[1] == 1 and torch.compiler.is_compiling():
-        return Batch(mask, None, None, None)  # a compiled decoding step cannot branch on data
-    if mask.all():
+    if torch.compiler.is_compiling():  # cannot branch on data
+        if mask.shape[1] == 1:
+            return Batch(mask, None, None, None)
+    elif mask.all():
         return NO_BATCH
-    if not (mask[:, 1:] & ~mask[:, :-1]).any():
+    elif not (mask[:, 1:] & ~mask[:, :-1]).any():
         return Batch(mask, None, None, None)
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     return Batch(mask.gather(1, order), None, order, torch.argsort(order, dim=1))

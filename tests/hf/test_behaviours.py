@@ -167,11 +167,7 @@ def test_half_precision_where_accelerate_puts_it(converted: Any, tmp_path: Path,
         assert again.dtype == dtype and torch.equal(again(ids.to(again.device)).logits, logits)
 
 
-# Accelerate loads what a module holds when the module is called, which a ParameterDict never is.
-convolved = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="taps of short convolutions are not loaded")
-
-
-@pytest.mark.parametrize("key", ["lolcats", "rwkv7", pytest.param("gdn", marks=convolved)])
+@pytest.mark.parametrize("key", ["lolcats", "rwkv7", "gdn"])
 @torch.no_grad()
 def test_weights_can_stay_on_disk(converted: Any, tmp_path: Path, key: str) -> None:
     model, ids = converted(key, "LSL"), prompt(2)

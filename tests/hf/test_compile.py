@@ -48,12 +48,16 @@ def test_mixers_compile_without_graph_breaks(key: str) -> None:
 @pytest.mark.parametrize(("key", "layers"), [("lolcats", "LSL"), ("gdn", "LLL")])
 @torch.no_grad()
 def test_models_compile_without_graph_breaks(converted: Any, key: str, layers: str) -> None:
-    """The cache that a compiled model returns goes on where it left off."""
+    """Padding is put in order, and the cache that a compiled model returns goes on where it left off."""
     model, more = converted(key, layers), prompt(2, 5, seed=2)
-    found, expected = torch.compile(model, backend="eager", fullgraph=True)(prompt()), model(prompt())
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[0, :9] = 0
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found, expected = (m(prompt(), attention_mask=mask) for m in (compiled, model))
     assert counters["stats"]["unique_graphs"] == 1
-    torch.testing.assert_close(found.logits, expected.logits)
-    following, wanted = (model(more, past_key_values=x.past_key_values).logits for x in (found, expected))
+    torch.testing.assert_close(found.logits[mask.bool()], expected.logits[mask.bool()])
+    longer = {"attention_mask": torch.nn.functional.pad(mask, (0, 5), value=1)}
+    following, wanted = (model(more, past_key_values=x.past_key_values, **longer).logits for x in (found, expected))
     torch.testing.assert_close(following, wanted)
 
 

@@ -68,7 +68,7 @@ def test_a_convolution_sees_the_last_tokens_of_its_document(documents: list[int]
             for t in range(first, first + many):
                 for back in range(size):
                     if t - back >= first:
-                        expected[0, t] += conv.taps[name][..., size - 1 - back] * x[0, t - back]
+                        expected[0, t] += conv.taps(name)[..., size - 1 - back] * x[0, t - back]
             first += many
         assert_equal(result, expected)
 

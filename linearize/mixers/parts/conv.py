@@ -6,6 +6,7 @@ v. Only the current token's tap is set at first, so that nothing changes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,18 @@ class ConvConfig:
             raise ValueError(f"conv.size must lie between 0 and 128 tokens, got {self.size}")
 
 
+class Taps(nn.Module):
+    """The filters by input, given when called: accelerate loads offloaded weights as their module is called."""
+
+    def __init__(self, sizes: Mapping[str, tuple[int, ...]]):
+        super().__init__()
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(*size)))
+
+    def forward(self, name: str) -> torch.Tensor:
+        return self.get_parameter(name)
+
+
 class Conv(Part):
     """See the module docstring. State: the last size - 1 tokens of what is convolved."""
 
@@ -45,7 +58,7 @@ class Conv(Part):
             "k": (shape.kv_heads, shape.key_dim),
             "v": (shape.kv_heads, shape.value_dim),
         }
-        self.taps = nn.ParameterDict({x: nn.Parameter(torch.empty(*sizes[x], config.size)) for x in config.inputs})
+        self.taps = Taps({x: (*sizes[x], config.size) for x in config.inputs})
 
     def inits(self) -> dict[str, Init]:
         return {f"taps.{x}": LastTap() for x in self.inputs}
@@ -58,7 +71,7 @@ class Conv(Part):
         for x in self.inputs:
             heads[x], after[x] = causal_conv(
                 heads[x],
-                self.taps[x].to(heads[x].dtype),
+                self.taps(x).to(heads[x].dtype),
                 mask=ctx.mask,
                 documents=ctx.documents,
                 state=None if state is None else state[x],
