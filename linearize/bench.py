@@ -1,7 +1,8 @@
 """Speed and memory of a converted model against its softmax teacher, in one run on one machine.
 
 `bench(student)` times both paths of the same weights in turn: the mixers, and the source model's attention in
-`linearize.swap.teacher_path`. `random_model("llama-3-8b", "lolcats")` makes a model to time, on the spot.
+`linearize.swap.teacher_path`. `linearize.bench_models.random_model("llama-3-8b", "lolcats")` makes a
+model to time, on the spot.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from linearize.bench_training import StepSpeed, time_stages
-from linearize.errors import UserError, did_you_mean, disk_full
+from linearize.errors import UserError, disk_full
 from linearize.evals.table import NOTHING, grid
 from linearize.evals.text import evaluating
-from linearize.hf.auto import linearized
 from linearize.hf.cache import StateLayer
 from linearize.memory import memory_method, now, out_of_memory, peak_bytes, release
 from linearize.speculative import Speculation, speculate
@@ -35,33 +35,6 @@ from linearize.swap import swapped, teacher_path
 OUT_OF_MEMORY = "out of memory"
 STEP_HEADER = ["training step", "rows x tokens", "teacher tok/s", "student tok/s", "student / teacher", "peak MiB"]
 SPECULATION_HEADER = ["draft for target", "drafted", "accepted", "alone tok/s", "with drafts tok/s", "with / alone"]
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
-    "llama-3.2-1b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
-}
-"""Configurations that `random_model` knows by name."""
 
 
 @dataclass(frozen=True)
@@ -209,34 +182,6 @@ def bench(
     return report
 
 
-def random_model(
-    shape: str,
-    mixer: str | dict[str, Any],
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Any:
-    """A model with random weights, made on `device`, with every layer swapped.
-
-    Args:
-        shape: a name in `SHAPES`, or a folder or config.json of any supported family.
-        mixer: recipe key of the mixer, or its settings with `type`.
-
-    Raises:
-        UserError: for an unknown shape, family or mixer.
-    """
-    config = _shape_config(shape)
-    settings = {"type": mixer} if isinstance(mixer, str) else dict(mixer)
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        linearized(model, {"mixers": [settings], "layers": [0] * config.get_text_config().num_hidden_layers})
-    for name, attention in swapped(model).items():
-        attention.mixer.initialise(f"{name}.mixer", seed)
-    return model.eval()
-
-
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes that a cache keeps alive: the storages of its tensors, each counted once."""
     trees = [layer.state if isinstance(layer, StateLayer) else vars(layer) for layer in cache.layers]
@@ -295,14 +240,6 @@ def _speculation_row(found: Speculation) -> list[str]:
     counts = [f"{found.drafted:,}", f"{found.acceptance:.0%}"]
     ratio = f"{found.assisted / found.plain:.3g}x"
     return [f"{found.draft} for {found.target}", *counts, f"{found.plain:,.1f}", f"{found.assisted:,.1f}", ratio]
-
-
-def _shape_config(shape: str) -> Any:
-    if shape in SHAPES:
-        return AutoConfig.for_model(**SHAPES[shape])
-    if not Path(shape).exists():
-        raise UserError(f"unknown shape {shape!r}{did_you_mean(shape, SHAPES)}; or give a folder or config.json")
-    return AutoConfig.from_pretrained(shape)
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from linearize.arguments import by_name
 from linearize.families.base import Family
 
 
@@ -102,7 +103,7 @@ class KeptAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.teacher:
             return super().forward(*args, **kwargs)
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = by_name(self.names, args, kwargs)
         if not self.kept.rope:
             cos, sin = given["position_embeddings"]
             given["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)

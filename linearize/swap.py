@@ -7,97 +7,20 @@ source checkpoint therefore keeps its name. Layers that keep their softmax are t
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from linearize.arguments import by_name, positional
+from linearize.batch import NO_BATCH, Batch, read_batch, reordered
 from linearize.families.base import Family
 from linearize.hf.cache import state_layer
 from linearize.kept import AS_IN_SOURCE, Kept, KeptAttention, QueryScale
 from linearize.mixers.base import Context, Find, Mixer, State, build_mixer, config_from_dict
-from linearize.ops.layout import expand_heads
-from linearize.ops.window import capped
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the base model knows about a batch and every swapped layer needs, computed once per forward."""
-
-    mask: torch.Tensor | None
-    """[B, T] bool with the real tokens first in each row, or None."""
-    documents: torch.Tensor | None
-    """[B, T] int document ids, or None."""
-    order: torch.Tensor | None
-    """[B, T] gather index that brings real tokens to the front of their row, or None when they are there."""
-    inverse: torch.Tensor | None
-    """[B, T] gather index that undoes `order`."""
-
-    @property
-    def real(self) -> torch.Tensor | None:
-        """[B, T] bool, which tokens are real where the batch has them, or None for all."""
-        return self.mask if self.mask is None or self.inverse is None else self.mask.gather(1, self.inverse)
-
-    def to(self, *args: Any, **kwargs: Any) -> Batch:
-        """The same elsewhere: accelerate moves what a layer on another device is given by its `to`."""
-        tensors = (self.mask, self.documents, self.order, self.inverse)
-        return Batch(*(t if t is None else t.to(*args, **kwargs) for t in tensors))
-
-    def head(self, tokens: int) -> Batch:
-        """The same for the first `tokens` columns alone."""
-        if self.real is not None:
-            return _padded(self.real[:, :tokens])
-        return Batch(None, None if self.documents is None else self.documents[:, :tokens], None, None)
-
-
-NO_BATCH = Batch(None, None, None, None)
-"""Nothing is padded, and every row is one document."""
-
-
-def read_batch(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, rows: int, tokens: int, has_past: bool
-) -> Batch:
-    """Turn Hugging Face's mask and position ids into a `Batch`.
-
-    Args:
-        attention_mask: [B, past + T], 1 for real tokens; a 4-D or absent mask says nothing about padding.
-        position_ids: [B or 1, T], or [4, B, T] of which the first are the text's (Qwen2.5-VL); where they do not rise
-            by one, a packed document begins (only read without a mask and without a past, as Hugging Face's own masks
-            do).
-        rows: B.
-        tokens: T.
-        has_past: whether a cache already holds tokens.
-    """
-    if attention_mask is not None:
-        if attention_mask.ndim != 2:
-            return NO_BATCH
-        return _padded(attention_mask[:, -tokens:].bool())
-    if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:
-        position_ids = position_ids[0]
-    if position_ids is None or has_past or position_ids.ndim != 2:
-        return NO_BATCH
-    begins = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    if not begins.any():
-        return NO_BATCH
-    documents = torch.nn.functional.pad(begins.cumsum(1), (1, 0))
-    return Batch(None, documents.expand(rows, -1), None, None)
-
-
-def _padded(mask: torch.Tensor) -> Batch:
-    if torch.compiler.is_compiling():  # cannot branch on data
-        if mask.shape[1] == 1:
-            return Batch(mask, None, None, None)
-    elif mask.all():
-        return NO_BATCH
-    elif not (mask[:, 1:] & ~mask[:, :-1]).any():
-        return Batch(mask, None, None, None)
-    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
-    return Batch(mask.gather(1, order), None, order, torch.argsort(order, dim=1))
 
 
 class Call(NamedTuple):
@@ -124,7 +47,7 @@ class SwappedAttention(nn.Module):
 
     def given(self, args: tuple, kwargs: Mapping[str, Any]) -> Call:
         """Read the arguments of a forward call, which architectures name and order differently."""
-        all_given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        all_given = by_name(self.names, args, kwargs)
         return Call(
             all_given["hidden_states"],
             all_given.get("position_embeddings"),
@@ -181,44 +104,6 @@ class SwappedAttention(nn.Module):
         return self.family.output(self, y.flatten(-2).to(x.dtype)), None
 
 
-See = Callable[[str, SwappedAttention, Call, torch.Tensor, torch.Tensor], None]
-"""Looks into a layer, see `run_teacher`."""
-
-
-def teacher_logits(attn: SwappedAttention, call: Call, queries: slice = slice(None)) -> torch.Tensor:
-    """The source's softmax logits [B, Hq, T', T] of these queries over all keys, float32, -inf where they see nothing.
-
-    Real tokens come first in a row, as `batch` has them; scale, cap, reach and direction are the source's.
-    """
-    x, position, _, batch = call
-    shape = attn.mixer.shape
-    q, k, _ = attn.family.project(attn, x)
-    q, k = attn.family.rotate(attn, q, k, position)
-    if batch.order is not None:
-        q, k = reordered(q, batch.order), reordered(k, batch.order)
-    scores = torch.einsum("bihd,bjhd->bhij", q[:, queries].float(), expand_heads(k, q.shape[2]).float()) * shape.scale
-    scores = capped(scores, shape.softcap)
-    place = torch.arange(x.shape[1], device=x.device)
-    age = place[queries, None] - place[None, :]
-    seen = torch.ones_like(age, dtype=torch.bool)
-    if shape.causal:
-        seen = age >= 0
-    if shape.reach is not None:
-        seen = seen & (age.abs() < shape.reach)
-    seen = seen[None]
-    if batch.documents is not None:
-        seen = seen & (batch.documents[:, queries, None] == batch.documents[:, None, :])
-    if batch.mask is not None and not shape.causal:
-        seen = seen & (batch.mask[:, None, :] | (age == 0))
-    return scores.masked_fill(~seen[:, None], float("-inf"))
-
-
-def reordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """x [B, T, ...] with its tokens in the order of the index [B, T]."""
-    index = order.view(*order.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
-
-
 def swap_layers(
     model: nn.Module,
     family: type[Family],
@@ -245,7 +130,7 @@ def swap_layers(
         attn.__class__ = _extended(SwappedAttention, "Linearized", family)
     if any(spec is not None for spec in specs):
         base = family.base_model(model)
-        attach = partial(_attach_batch, names=_positional(type(base).forward), packs=family.causal)
+        attach = partial(_attach_batch, names=positional(type(base).forward), packs=family.causal)
         base.register_forward_pre_hook(attach, with_kwargs=True)
 
 
@@ -256,15 +141,9 @@ def _extended(front: type, prefix: str, family: type[Family]) -> type:
     """The family's attention class with `front` before it."""
     attention = family.attention_class
     if (front, attention) not in _EXTENDED:
-        facts = {"names": _positional(attention.forward)}  # type: ignore[attr-defined]
+        facts = {"names": positional(attention.forward)}  # type: ignore[attr-defined]
         _EXTENDED[front, attention] = type(f"{prefix}{attention.__name__}", (front, attention), facts)
     return _EXTENDED[front, attention]
-
-
-def _positional(function: Any) -> tuple[str, ...]:
-    """Names of the arguments that a method takes by position, without self."""
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self")
 
 
 def _attach_batch(
@@ -273,7 +152,7 @@ def _attach_batch(
     """Give the base model's layers the batch. `names` are those of its arguments, in order; `packs` says whether the
     architecture tells packed documents apart.
     """
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = by_name(names, args, kwargs)
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     past = given.get("past_key_values")
     has_past = past is not None and past.get_seq_length() > 0
@@ -302,40 +181,6 @@ def teacher_path(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.teacher = value
-
-
-def run_teacher(model: nn.Module, inputs: Mapping[str, torch.Tensor], see: See) -> None:
-    """Run the softmax teacher's body, and look into each swapped layer as it passes.
-
-    Args:
-        model: a converted model.
-        inputs: what the base model takes: input_ids [B, T], and where they apply position_ids and attention_mask.
-        see: called with (full name, attention, call, heads [B, T, Hq * V], output [B, T, C]) after each layer's
-            attention: what it was given, the teacher's head outputs, and what it returned.
-    """
-    heads: dict[str, torch.Tensor] = {}
-    hooks = []
-    layers = swapped(model)
-    for name, attn in layers.items():
-
-        def keep(module: nn.Module, args: tuple, name: str = name) -> None:
-            heads[name] = args[0]
-
-        def after(attn: Any, args: tuple, kwargs: dict[str, Any], output: Any, name: str = name) -> None:
-            see(name, attn, attn.given(args, kwargs), heads.pop(name, output[0]), output[0])
-            heads.pop(name, None)  # `see` may have run the projection; what stayed would keep a graph per layer alive
-
-        if (projection := attn.family.output_projection(attn)) is not None:
-            hooks.append(projection.register_forward_pre_hook(keep))
-        hooks.append(attn.register_forward_hook(after, with_kwargs=True))
-    family = next(iter(layers.values())).family
-    options = {"use_cache": False} if family.causal else {}
-    try:
-        with teacher_path(model):
-            family.base_model(model)(**inputs, **options)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def mixer_specs(description: Mapping[str, Any], find: Find) -> list[tuple[type[Mixer], Any] | None]:

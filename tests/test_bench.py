@@ -11,7 +11,8 @@ from trainable import find_llama
 from transformers import DynamicCache
 
 from linearize import bench as module
-from linearize.bench import bench, cache_bytes, random_model
+from linearize.bench import bench, cache_bytes
+from linearize.bench_models import random_model
 from linearize.errors import UserError
 from linearize.memory import out_of_memory, peak_bytes
 from linearize.pipeline import stages_of

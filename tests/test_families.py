@@ -15,7 +15,8 @@ from linearize.hf.auto import linearized
 from linearize.plan import make_plan
 from linearize.recipe import Recipe
 from linearize.stages.base import Stage
-from linearize.swap import Call, run_teacher, swapped, teacher_logits, teacher_path
+from linearize.swap import Call, swapped, teacher_path
+from linearize.teacher import run_teacher, teacher_logits
 
 every_family = pytest.mark.parametrize("key", KEYS)
 ids = torch.randint(2, 90, (2, 23), generator=torch.Generator().manual_seed(1))

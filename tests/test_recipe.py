@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from linearize.errors import UserError
-from linearize.recipe import ALIASES, Recipe, available, resolve_model
+from linearize.model_names import ALIASES, resolve_model
+from linearize.recipe import Recipe, available
 from linearize.schema import parse_count
 
 SMALL: dict[str, Any] = {

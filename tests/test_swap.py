@@ -8,9 +8,10 @@ import torch
 from pico import KEYS, cases, find_family, pico_model
 
 from linearize import registry
+from linearize.batch import Batch, read_batch
 from linearize.hf.auto import find_class, linearized
 from linearize.mixers.base import Mixer
-from linearize.swap import Batch, mixer_specs, read_batch, swap_layers, swapped, teacher_path
+from linearize.swap import mixer_specs, swap_layers, swapped, teacher_path
 
 every_mixer = pytest.mark.parametrize("key", registry.keys("mixers"))
 every_family = pytest.mark.parametrize("family", KEYS)

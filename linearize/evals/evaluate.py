@@ -28,7 +28,7 @@ from linearize.evals.config import EvalConfig
 from linearize.evals.measure import Measurement, eval_tokens, measure
 from linearize.evals.table import side_by_side
 from linearize.hf.load import load
-from linearize.recipe import resolve_model
+from linearize.model_names import resolve_model
 from linearize.schema import user_error
 
 DEFAULT_LENGTH = 2048

@@ -18,7 +18,8 @@ from pydantic import Field
 from linearize.errors import UserError
 from linearize.mixers.parts.base import Calibration
 from linearize.schema import Count, Strict
-from linearize.swap import Call, See, SwappedAttention, run_teacher, swapped, teacher_logits
+from linearize.swap import Call, SwappedAttention, swapped
+from linearize.teacher import See, run_teacher, teacher_logits
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -103,7 +104,7 @@ def match_outputs(model: Any, batches: Sequence[Inputs]) -> None:
 
 
 def watch(model: Any, batches: Sequence[Inputs], see: See) -> None:
-    """Run the teacher over batches; see `linearize.swap.run_teacher`."""
+    """Run the teacher over batches; see `linearize.teacher.run_teacher`."""
     for batch in batches:
         run_teacher(model, {k: v.to(model.device) for k, v in batch.items()}, see)
 

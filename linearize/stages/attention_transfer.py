@@ -14,10 +14,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from linearize.batch import reordered
 from linearize.errors import UserError
 from linearize.losses import cosine, mse, weight_cross_entropy
 from linearize.stages.base import Stage, select
-from linearize.swap import Call, SwappedAttention, reordered, run_teacher, swapped, teacher_logits
+from linearize.swap import Call, SwappedAttention, swapped
+from linearize.teacher import run_teacher, teacher_logits
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics
 
