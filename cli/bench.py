@@ -70,10 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
         """Nothing that was measured is lost if the command is stopped."""
         if arguments.output:
             report.to_json(arguments.output)
+        what = f"{report.speeds[-1].length:,} tokens"
         if report.steps:
-            print(f"measured: a step of {report.steps[-1].stage}", file=sys.stderr)
-        else:
-            print(f"measured: {report.speeds[-1].length:,} tokens", file=sys.stderr)
+            what = f"a step of {report.steps[-1].stage}"
+        elif report.speculations:
+            what = "speculative decoding"
+        print(f"measured: {what}", file=sys.stderr)
 
     report = bench(
         model,

@@ -1,4 +1,4 @@
-"""What a batch is, for layers that mix tokens: padding and packed documents, read from Hugging Face's masks and positions.
+"""What a layer must know of its batch: padding and packed documents, read from Hugging Face's masks and positions.
 
 The base model's inputs say it once per forward; `linearize.swap` hands it on to every swapped layer.
 """

@@ -34,7 +34,15 @@ from linearize.swap import swapped, teacher_path
 
 OUT_OF_MEMORY = "out of memory"
 STEP_HEADER = ["training step", "rows x tokens", "teacher tok/s", "student tok/s", "student / teacher", "peak MiB"]
-SPECULATION_HEADER = ["draft for target", "drafted", "accepted", "alone tok/s", "with drafts tok/s", "with / alone"]
+SPECULATION_HEADER = [
+    "draft for target",
+    "drafted",
+    "accepted",
+    "alone tok/s",
+    "with drafts tok/s",
+    "with / alone",
+    "same text",
+]
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,8 @@ def _step_row(step: StepSpeed) -> list[str]:
 def _speculation_row(found: Speculation) -> list[str]:
     counts = [f"{found.drafted:,}", f"{found.acceptance:.0%}"]
     ratio = f"{found.assisted / found.plain:.3g}x"
-    return [f"{found.draft} for {found.target}", *counts, f"{found.plain:,.1f}", f"{found.assisted:,.1f}", ratio]
+    speeds = [f"{found.plain:,.1f}", f"{found.assisted:,.1f}", ratio]
+    return [f"{found.draft} for {found.target}", *counts, *speeds, f"{found.same:.0%}"]
 
 
 def _device_name(device: torch.device) -> str:

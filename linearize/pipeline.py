@@ -81,7 +81,13 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         revision=recipe.model.revision,
     )
     family = family_of(model.config)
-    processor = tokenizer if family.auto_class == Family.auto_class else load_processor(recipe.resolved_model())
+    processor = tokenizer
+    if family.auto_class != Family.auto_class:
+        processor = load_processor(
+            recipe.resolved_model(),
+            trust_remote_code=recipe.model.trust_remote_code,
+            revision=recipe.model.revision,
+        )
     stages = stages_of(recipe.stages, family)
     lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
     data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]

@@ -72,7 +72,14 @@ def family_of(config: Any) -> type[Family]:
     Raises:
         UserError: when its `model_type`, or that of its language tower, has no family file.
     """
-    return find_class("families", config.model_type.removeprefix("linearized_")).of(config, find_class)  # type: ignore[attr-defined]
+    base = importlib.import_module("linearize.families.base")
+    return find("families", config.model_type.removeprefix(base.CONVERTED), base.Family).of(config, find_class)
+
+
+def known_family(config: Any) -> type[Family] | None:
+    """As `family_of`, and None for a model of an architecture that no file describes."""
+    base = importlib.import_module("linearize.families.base")
+    return family_of(config) if config.model_type.removeprefix(base.CONVERTED) in keys("families") else None
 
 
 def find_class(package: str, key: str, *, trusted: bool = True) -> type:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from pico import KEYS, PRESETS, find_family, pico_config, pico_model
+from trainable import make_recipe, write_source
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, LlavaProcessor
 
 from linearize import registry
 from linearize.hf.auto import linearized
+from linearize.pipeline import convert
 from linearize.plan import make_plan
 from linearize.recipe import Recipe
 from linearize.stages.base import Stage
@@ -172,3 +175,21 @@ def test_images_reach_the_mixers_and_the_vision_tower_stays(key: str, layers: st
     mask = torch.ones_like(inputs["input_ids"])
     cached = model.generate(**inputs, attention_mask=mask, **options)
     assert torch.equal(cached, model.generate(**inputs, attention_mask=mask, use_cache=False, **options))
+
+
+def test_a_conversion_of_a_vision_language_model_keeps_its_processor(
+    pico_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
+    pixels = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = LlavaProcessor(pixels, pico_tokenizer, patch_size=4, image_token="<s>")
+    write_source(tmp_path, pico_model("llava"), processor)
+    out = convert(make_recipe(tmp_path), tmp_path / "out", say=lambda text: None)
+    again = AutoProcessor.from_pretrained(out)
+    assert type(again) is LlavaProcessor and again.image_processor.crop_size["height"] == 8
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    assert model.config.model_type == "linearized_llava" and len(swapped(model)) == 2
+    assert "AutoModelForImageTextToText.from_pretrained" in (out / "README.md").read_text()
+    tower = {n: p for n, p in pico_model("llava").state_dict().items() if "vision_tower" in n}
+    assert tower and all(torch.equal(model.state_dict()[n], p) for n, p in tower.items())
+    assert torch.isfinite(model(**images("llava")).logits).all()

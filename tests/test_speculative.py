@@ -20,15 +20,11 @@ def test_drafts_are_counted_and_change_nothing(converted: Any, key: str, pairs: 
     found = speculate(converted(key, layers), prompts, new_tokens=20, drafts=3)
     assert [(s.draft, s.target) for s in found] == [("mixers", "softmax"), ("window", "mixers")][: len(pairs)]
     for s in found:
-        assert s.tokens == 40 and 0 <= s.accepted <= s.drafted and s.plain > 0 and s.assisted > 0
+        assert s.tokens == 40 and 0 <= s.accepted <= s.drafted and s.plain > 0 and s.assisted > 0 and s.same == 1.0
 
 
 def test_a_perfect_draft_is_always_accepted(converted: Any) -> None:
     model = converted("lolcats")
-    for attn in swapped(model).values():
-        attn.mixer.combine.window_factor.data.fill_(60.0)
-        attn.mixer.map_k.weight.data.fill_(0.0)
-        attn.mixer.config = attn.mixer.config
     for attn in swapped(model).values():  # a linear branch that reads nothing: the window is the whole mixer
         attn.mixer.update.forward = lambda q, k, v, *a, **o: (
             v.new_zeros(*q.shape[:3], v.shape[-1]),

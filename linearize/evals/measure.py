@@ -20,8 +20,7 @@ from linearize.evals.config import EvalConfig
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.recall_score import CASES, RecallScore, generate_greedily, padding_id, recall
 from linearize.evals.text import BranchLoss, TextLoss, branch_losses, loss_on_text
-from linearize.families.base import Family
-from linearize.registry import find, keys
+from linearize.registry import known_family
 from linearize.swap import swapped
 
 TEXT_TOKENS = 2_000_000
@@ -115,7 +114,8 @@ def measure(
     lengths = list(config.lengths) or [seq_len]
     scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.batch_size}
     result = Measurement(notes=_length_notes(model, lengths))
-    if not family_is_causal(model):
+    family = known_family(model.config)
+    if family is not None and not family.causal:
         return _measure_encoder(result, model, config, token_ids, lengths, scoring)
     result.losses = [loss_on_text(model, token_ids, length=length, **scoring) for length in lengths]
     if config.branches:
@@ -150,17 +150,10 @@ def measure(
     return result
 
 
-def family_is_causal(model: Any) -> bool:
-    """Whether the model predicts the next token; False for encoders that this toolkit converts."""
-    key = model.config.model_type.removeprefix("linearized_")
-    return key not in keys("families") or find("families", key, Family).causal
-
-
 def _measure_encoder(
     result: Measurement, model: Any, config: EvalConfig, text: torch.Tensor, lengths: list[int], scoring: dict
 ) -> Measurement:
-    teacher = any(layer.teacher for layer in swapped(model).values()) or not swapped(model)
-    if not teacher:
+    if any(not layer.teacher for layer in swapped(model).values()):
         result.agreement = [agreement(model, text, length=length, **scoring) for length in lengths]
     if config.recall or config.tasks or config.sample_prompt:
         result.notes.append("an encoder writes nothing, so recall, tasks and samples were not measured")

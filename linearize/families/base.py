@@ -15,6 +15,8 @@ from torch import nn
 
 from linearize.mixers.base import Find, HeadShape
 
+CONVERTED = "linearized_"
+"""What the `model_type` of a converted model begins with; the source's `model_type` follows."""
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -81,7 +83,7 @@ class Family:
     @classmethod
     def scale(cls, config: Any, head_dim: int, layer: int) -> float:
         """Factor on q.k inside the softmax; `config` is that of the text model."""
-        return head_dim**-0.5
+        return (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5
 
     @classmethod
     def reach(cls, config: Any, layer: int) -> int | None:
@@ -94,10 +96,11 @@ class Family:
     @classmethod
     def project(cls, attn: Any, x: torch.Tensor) -> Heads:
         """[B, T, C] -> q [B, T, Hq, K], k [B, T, Hkv, K], v [B, T, Hkv, V], before the rotary embedding, after any norm
-        of queries and keys.
+        of queries and keys; one on every head, if the module has any.
         """
         heads = (*x.shape[:2], -1, attn.head_dim)
-        return attn.q_proj(x).view(heads), attn.k_proj(x).view(heads), attn.v_proj(x).view(heads)
+        q, k, v = attn.q_proj(x).view(heads), attn.k_proj(x).view(heads), attn.v_proj(x).view(heads)
+        return (attn.q_norm(q), attn.k_norm(k), v) if hasattr(attn, "q_norm") else (q, k, v)
 
     @classmethod
     def query_module(cls, attn: Any) -> nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, apply_rotary_pos_emb
 
@@ -17,7 +15,3 @@ class Gemma2(Family):
     config_class = Gemma2Config
     attention_class = Gemma2Attention
     rotary = staticmethod(apply_rotary_pos_emb)
-
-    @classmethod
-    def scale(cls, config: Any, head_dim: int, layer: int) -> float:
-        return config.query_pre_attn_scalar**-0.5

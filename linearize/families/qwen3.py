@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
 
-from linearize.families.base import Family, Heads
+from linearize.families.base import Family
 
 
 class Qwen3(Family):
@@ -18,8 +15,3 @@ class Qwen3(Family):
     config_class = Qwen3Config
     attention_class = Qwen3Attention
     rotary = staticmethod(apply_rotary_pos_emb)
-
-    @classmethod
-    def project(cls, attn: Any, x: torch.Tensor) -> Heads:
-        q, k, v = super().project(attn, x)
-        return attn.q_norm(q), attn.k_norm(k), v

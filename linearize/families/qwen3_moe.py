@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, apply_rotary_pos_emb
 
-from linearize.families.base import Family, Heads
+from linearize.families.base import Family
 
 
 class Qwen3Moe(Family):
@@ -18,8 +15,3 @@ class Qwen3Moe(Family):
     config_class = Qwen3MoeConfig
     attention_class = Qwen3MoeAttention
     rotary = staticmethod(apply_rotary_pos_emb)
-
-    @classmethod
-    def project(cls, attn: Any, x: torch.Tensor) -> Heads:
-        q, k, v = super().project(attn, x)
-        return attn.q_norm(q), attn.k_norm(k), v

@@ -22,10 +22,6 @@ from linearize.hf.modeling import build_classes
 from linearize.kept import kept_of
 from linearize.swap import mixer_specs, swap_layers, swapped
 
-PREFIX = "linearized_"
-"""What the `model_type` of a converted model begins with; the source's `model_type` follows."""
-
-
 _trusted: ContextVar[bool] = ContextVar("linearize_trusted", default=False)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from linearize import __version__, registry
 from linearize.errors import UserError
-from linearize.families.base import Family
+from linearize.families.base import CONVERTED, Family
 from linearize.mixers.base import config_from_dict
 from linearize.mixers.parts.base import parts_of
 
@@ -110,7 +110,7 @@ def is_bundled(path: Path) -> bool:
 
 def _family(model_type: str) -> type[Family]:
     """The family file of a source's or a converted model's `model_type`."""
-    return registry.find("families", model_type.removeprefix("linearized_"), Family)
+    return registry.find("families", model_type.removeprefix(CONVERTED), Family)
 
 
 def _class_names(family: type[Family]) -> tuple[str, str]:

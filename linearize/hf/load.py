@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from linearize.errors import UserError
 from linearize.families.base import Family
-from linearize.hf.auto import PREFIX, register, trusting
+from linearize.hf.auto import register, trusting
 from linearize.hf.export import ADAPTER
-from linearize.registry import find, keys
+from linearize.registry import known_family
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -62,7 +62,7 @@ def load(
         for name in _weight_files(Path(source)):
             _check_weights(Path(source) / name)
     if attn_implementation is None and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        attn_implementation = "eager"  # sdpa, which transformers before 5.18 takes by itself, does not cap logits
+        attn_implementation = "eager"  # sdpa, which transformers 5.17 takes by itself, does not cap logits
     loader: Any = getattr(transformers, _auto_class(config))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -85,8 +85,7 @@ def load(
 
 def _auto_class(config: Any) -> str:
     """Name of the Auto class that loads this model: what its family says, a causal LM where there is no family."""
-    key = config.model_type.removeprefix(PREFIX)
-    return find("families", key, Family).auto_class if key in keys("families") else "AutoModelForCausalLM"
+    return (known_family(config) or Family).auto_class
 
 
 def load_processor(path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

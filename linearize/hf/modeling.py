@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 
-from linearize.families.base import Family
+from linearize.families.base import CONVERTED, Family
 from linearize.hf.cache import state_layer
 from linearize.kept import kept_of
 from linearize.mixers.base import Find, Mixer
@@ -38,7 +38,7 @@ def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, 
                 "__module__": module,
                 "__doc__": f"{source.__name__} plus `linearize`: which mixer serves which layer.",
                 "__annotations__": {"linearize": dict | None},
-                "model_type": f"linearized_{source.model_type}",  # type: ignore[attr-defined]
+                "model_type": f"{CONVERTED}{source.model_type}",  # type: ignore[attr-defined]
                 "linearize": None,
             },
         )

@@ -245,7 +245,8 @@ def window_attention(
         k_band = _bands(k, state["k"][:, 1:].to(dtype), block).transpose(-1, -2).contiguous().mT
         v_band = _bands(v, state["v"][:, 1:].to(dtype), block).transpose(-1, -2).contiguous()
         # One query head of each group at a time: k and v are never copied per query head, and every product
-        # has the shape it has with expanded heads, so both give the same bits.
+        # has the shape it has with expanded heads. Both give the same bits, where torch's batched product does not
+        # depend on how many products there are.
         groups = _blocks(q, block).transpose(2, 3).unflatten(2, (kv_heads, heads // kv_heads)).unbind(3)
         results = (attend(q_group, k_band, v_band, visible, sink, softcap=softcap) for q_group in groups)
         parts = zip(*results, strict=True)
