@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +17,12 @@ def mse(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None)
     """
     error = (student.float() - teacher.float()).square().flatten(2).mean(-1)
     return _kept(error, keep).sum()
+
+
+def l2(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """Length of the error over the root of its size, summed over tokens (RADLADS, arXiv:2505.03005); as `mse`."""
+    error = (student.float() - teacher.float()).flatten(2)
+    return _kept(error.square().mean(-1).add(1e-12).sqrt(), keep).sum()
 
 
 def cosine(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
@@ -34,14 +42,50 @@ def weight_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, keep: tor
     return _kept(entropy.mean(1), keep).sum()
 
 
-def next_token(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy, summed over the labels that are not -100.
+def next_token(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy, summed.
 
     Args:
-        logits: [B, T, vocabulary]; position t predicts the label at t + 1.
-        labels: [B, T] token ids, or -100 where nothing is asked.
+        logits: [N, vocabulary].
+        targets: [N] token ids.
     """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, kind: str, temperature: float = 1.0, top_k: int | None = None
+) -> torch.Tensor:
+    """Divergence of two distributions over the vocabulary, summed over rows and times temperature squared.
+
+    Args:
+        student, teacher: logits [N, vocabulary].
+        kind: forward, KL(teacher || student); reverse; or jensen_shannon, the mean of the KL from each to their mean.
+        temperature: divides the logits; its square keeps the size of gradients (Hinton et al. 2015, section 2).
+        top_k: the teacher's likeliest tokens; all others count as one outcome, whose probability is what is left.
+    """
+    log_s, log_t = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
+    if top_k is not None and top_k < log_t.shape[-1]:
+        log_t, best = log_t.topk(top_k, dim=-1)
+        log_t, log_s = with_rest(log_t), with_rest(log_s.gather(-1, best))
+    if kind == "forward":
+        summed = _kl(log_t, log_s)
+    elif kind == "reverse":
+        summed = _kl(log_s, log_t)
+    else:
+        mean = torch.logaddexp(log_s, log_t) - math.log(2)
+        summed = 0.5 * (_kl(log_t, mean) + _kl(log_s, mean))
+    return summed * temperature**2
+
+
+def with_rest(log_p: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [N, k] of some outcomes, and one more for all others: [N, k + 1]."""
+    rest = 1 - log_p.exp().sum(-1, keepdim=True)
+    return torch.cat([log_p, rest.clamp_min(1e-9).log()], dim=-1)
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q), summed over rows."""
+    return (log_p.exp() * (log_p - log_q)).sum()
 
 
 def _kept(values: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

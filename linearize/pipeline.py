@@ -100,7 +100,10 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         calibrated(model, plan, recipe, tokenizer)
         points.take("calibrated", model)
     for index, (stage, rows, label) in enumerate(zip(stages, data, _labels(stages), strict=True)):
-        seconds = stage.run(model, rows, out / "run" / f"{index}-{stage.config.type}", resume=resume)
+        folder = out / "run" / f"{index}-{stage.config.type}"
+        compared = recipe.evaluation is not None and recipe.evaluation.divergence
+        taught = compared or any(later.needs_teacher for later in stages[index + 1 :])
+        seconds = stage.run(model, rows, folder, resume=resume, keep_source=taught)
         points.add_training(stage.config.trained_tokens(rows.seq_len), seconds)
         points.take(label, model)
     if is_main():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from linearize.batch import reordered
+from linearize.families.base import Family
 from linearize.ops.layout import expand_heads
 from linearize.ops.window import capped
 from linearize.swap import Call, SwappedAttention, swapped, teacher_path
@@ -46,6 +47,37 @@ def teacher_logits(attn: SwappedAttention, call: Call, queries: slice = slice(No
     if batch.mask is not None and not shape.causal:
         seen = seen & (batch.mask[:, None, :] | (age == 0))
     return scores.masked_fill(~seen[:, None], float("-inf"))
+
+
+def blocks(model: nn.Module, family: type[Family]) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    layers = family.base_model(model).get_submodule(family.attention.partition(".{}")[0])
+    return list(layers.children())
+
+
+def run_blocks(
+    model: nn.Module, family: type[Family], inputs: Mapping[str, torch.Tensor], see: Callable[..., None]
+) -> None:
+    """Run the model's body, and look at each decoder layer as it passes.
+
+    Args:
+        model: a converted model, on the path that its context chose.
+        family: its family.
+        inputs: what the base model takes.
+        see: called with (index, layer, args, kwargs, output) after each layer.
+    """
+    hooks = []
+    for index, block in enumerate(blocks(model, family)):
+
+        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, index: int = index) -> None:
+            see(index, module, args, kwargs, output)
+
+        hooks.append(block.register_forward_hook(after, with_kwargs=True))
+    try:
+        family.base_model(model)(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_teacher(model: nn.Module, inputs: Mapping[str, torch.Tensor], see: See) -> None:

@@ -25,6 +25,11 @@ class EvalConfig(Strict):
         "usual five cases, false for none.",
     )
     recall_items: PositiveInt = Field(16, description="Questions per recall case.")
+    divergence: bool = Field(
+        True,
+        description="Also compare the student's predictions with the teacher's, for which tensors that training "
+        "changes are held twice.",
+    )
     branches: bool = Field(True, description="Also take the losses with each branch of the mixers switched off.")
     tasks: list[str] = Field(default_factory=list, description="lm-evaluation-harness tasks.")
     sample_prompt: str | None = Field(None, description="Prompt that the model continues greedily; none if not set.")

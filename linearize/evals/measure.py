@@ -17,6 +17,7 @@ from linearize.data import DataConfig, read_tokens, tokens_of
 from linearize.errors import UserError
 from linearize.evals.agreement import Agreement, agreement
 from linearize.evals.config import EvalConfig
+from linearize.evals.divergence import Divergence, divergence_on_text
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.recall_score import CASES, RecallScore, generate_greedily, padding_id, recall
 from linearize.evals.text import BranchLoss, TextLoss, branch_losses, loss_on_text
@@ -40,6 +41,8 @@ class Measurement:
     prompt: str | None = None
     sample: str | None = None
     """What the model wrote after `prompt`, greedily."""
+    divergence: list[Divergence] = field(default_factory=list)
+    """From the teacher's predictions."""
     agreement: list[Agreement] = field(default_factory=list)
     """Of an encoder with its softmax teacher."""
     tokens: int = 0
@@ -66,6 +69,10 @@ class Measurement:
         """Share of right answers, None if not measured."""
         return next((r.exact_match for r in self.recall if (r.facts, r.distance) == (facts, distance)), None)
 
+    def diverges(self, length: int) -> Divergence | None:
+        """Divergence from the teacher at `length`, None if not measured."""
+        return next((found for found in self.divergence if found.length == length), None)
+
     def agrees(self, length: int) -> Agreement | None:
         """Agreement with the teacher at `length`, None if not measured."""
         return next((found for found in self.agreement if found.length == length), None)
@@ -89,7 +96,9 @@ class Measurement:
         branches = [BranchLoss(**loss) for loss in values["branches"]]
         scores = [RecallScore(**score) for score in values["recall"]]
         agree = [Agreement(**found) for found in values.get("agreement", [])]
-        return cls(**{**values, "losses": losses, "branches": branches, "recall": scores, "agreement": agree})
+        diverge = [Divergence(**found) for found in values.get("divergence", [])]
+        lists = {"losses": losses, "branches": branches, "recall": scores, "agreement": agree, "divergence": diverge}
+        return cls(**{**values, **lists})
 
 
 def measure(
@@ -101,6 +110,7 @@ def measure(
     seq_len: int,
     include_path: str | None = None,
     limit: int | None = None,
+    has_teacher: bool = False,
 ) -> Measurement:
     """Take the measurements that `config` asks for.
 
@@ -110,6 +120,7 @@ def measure(
         seq_len: the training length, for `config.lengths` left empty.
         include_path: folder with lm-eval task files.
         limit: examples per lm-eval task.
+        has_teacher: whether `linearize.swap.teacher_path` makes the source model of it, to be compared with.
     """
     lengths = list(config.lengths) or [seq_len]
     scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.batch_size}
@@ -118,6 +129,8 @@ def measure(
     if family is not None and not family.causal:
         return _measure_encoder(result, model, config, token_ids, lengths, scoring)
     result.losses = [loss_on_text(model, token_ids, length=length, **scoring) for length in lengths]
+    if has_teacher and config.divergence and any(not layer.teacher for layer in swapped(model).values()):
+        result.divergence = [divergence_on_text(model, token_ids, length=length, **scoring) for length in lengths]
     if config.branches:
         result.branches = branch_losses(model, token_ids, lengths=lengths, **scoring)
     if config.recall:

@@ -37,7 +37,8 @@ class Points:
         self.say(f"measuring: {name}")
         if self.text is None:
             self.text = eval_tokens(config, self.tokenizer, self.recipe.data)
-        found = measure(model, self.tokenizer, config, token_ids=self.text, seq_len=self.recipe.data.seq_len)
+        options = {"token_ids": self.text, "seq_len": self.recipe.data.seq_len, "has_teacher": True}
+        found = measure(model, self.tokenizer, config, **options)
         found.tokens, found.seconds = self.tokens, self.seconds
         self.taken[name] = found
         if not is_main():

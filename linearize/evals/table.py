@@ -27,6 +27,8 @@ def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
     agreements = union(found.length for _, m in points for found in m.agreement)
     header = ["", *(name for length in lengths for name in (f"loss {length}", "gap"))]
     header += [name for length in agreements for name in (f"embeddings agree {length}", f"tokens agree {length}")]
+    diverging = union(found.length for _, m in points for found in m.divergence)
+    header += [f"KL {length}" for length in diverging]
     header += [f"{branch} off {length}" for branch, length in branches]
     header += [case_name(case) for case in cases] + [f"{task} {metric}" for task, metric in tasks]
     header += ["tokens", "seconds"]
@@ -39,6 +41,7 @@ def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
         for length in agreements:
             found = m.agrees(length)
             row += [number(value) for value in ((None, None) if found is None else (found.embedding, found.token))]
+        row += [number(None if (apart := m.diverges(length)) is None else apart.kl) for length in diverging]
         row += [number(m.branch_loss(branch, length)) for branch, length in branches]
         row += [percent(m.recall_rate(*case)) for case in cases]
         row += [number(m.tasks.get(task, {}).get(metric)) for task, metric in tasks]

@@ -55,6 +55,13 @@ class Family:
         return model.get_submodule(cls.base)
 
     @classmethod
+    def logits(cls, model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Predictions [..., vocabulary] from final hidden states [..., C], capped where the model caps them."""
+        logits = model.get_output_embeddings()(hidden)
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @classmethod
     def attentions(cls, model: Any) -> dict[str, nn.Module]:
         """Full module name -> attention module, in layer order."""
         prefix = f"{cls.base}." if cls.base else ""

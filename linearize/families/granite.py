@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 from transformers.models.granite.modeling_granite import GraniteAttention, apply_rotary_pos_emb
 
@@ -21,3 +22,7 @@ class Granite(Family):
     @classmethod
     def scale(cls, config: Any, head_dim: int, layer: int) -> float:
         return config.attention_multiplier
+
+    @classmethod
+    def logits(cls, model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return super().logits(model, hidden) / model.config.logits_scaling

@@ -8,6 +8,7 @@ backpropagated on the spot, so only one layer's graph is alive at a time. Source
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,9 @@ from torch import nn
 
 from linearize.batch import reordered
 from linearize.errors import UserError
-from linearize.losses import cosine, mse, weight_cross_entropy
+from linearize.losses import cosine, l2, mse, weight_cross_entropy
 from linearize.stages.base import Stage, select
-from linearize.swap import Call, SwappedAttention, swapped
+from linearize.swap import Call, SwappedAttention, source_weights, swapped
 from linearize.teacher import run_teacher, teacher_logits
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics
@@ -29,9 +30,10 @@ class AttentionTransferConfig(TrainingConfig):
 
     type: Literal["attention_transfer"] = "attention_transfer"
     lr: float = Field(1e-2, gt=0, description="Peak learning rate.")
-    loss: Literal["mse", "cosine", "weights"] = Field(
+    loss: Literal["mse", "l2", "cosine", "weights"] = Field(
         "mse",
-        description="mse or cosine on outputs, or weights: cross-entropy on attention weights (quadratic memory).",
+        description="mse, l2 (length of the error over the root of its size) or cosine on outputs, or weights: "
+        "cross-entropy on attention weights (quadratic memory).",
     )
     where: Literal["heads", "output"] = Field(
         "heads",
@@ -39,7 +41,11 @@ class AttentionTransferConfig(TrainingConfig):
     )
     loss_scale: float = Field(1000.0, gt=0, description="Factor on the loss; matters only where clip is set.")
     clip: float | None = Field(None, gt=0, description="Largest norm of the whole gradient; null clips nothing.")
-    train: list[str] = Field(["*.mixer.*"], description="Shell-style patterns of the parameters to train.")
+    train: list[str] = Field(
+        ["*.mixer.*"],
+        description="Shell-style patterns of the parameters to train: those of mixers, and of projections of "
+        "swapped layers, such as '*.self_attn.*'; what other layers hold is left out.",
+    )
 
     @model_validator(mode="after")
     def _no_request_is_ignored(self) -> AttentionTransferConfig:
@@ -59,6 +65,7 @@ class AttentionTransfer(Stage):
     Config = AttentionTransferConfig
     end_to_end = False
     dropout = False  # the teacher's targets are to be exact
+    needs_teacher = True
     config: AttentionTransferConfig
 
     def check(self, model: Any) -> None:
@@ -66,7 +73,7 @@ class AttentionTransfer(Stage):
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         mixers = {type(attn.mixer).__name__: next(attn.mixer.parameters(), None) for attn in swapped(model).values()}
-        if all(parameter is None for parameter in mixers.values()):
+        if self.config.train == ["*.mixer.*"] and all(parameter is None for parameter in mixers.values()):
             raise UserError(
                 f"stage attention_transfer has nothing to train: {', '.join(sorted(mixers))} adds no parameters; "
                 "remove the stage"
@@ -79,22 +86,27 @@ class AttentionTransfer(Stage):
                         f"{type(attn.mixer).__name__} has none (a norm, clones, meta tokens or a convolution on its "
                         "values); use loss mse or cosine"
                     )
+        places = tuple(f"{name}." for name in swapped(model))
         chosen = select(model, self.config.train, "attention_transfer")
-        if shared := [name for name in chosen if ".mixer." not in name]:
-            raise UserError(
-                f"stage attention_transfer trains mixers only, but train matches {shared[0]!r}, which the teacher "
-                "shares; use patterns such as '*.mixer.*' here, and train the rest in a finetune stage"
-            )
-        return chosen
+        inside = {name: p for name, p in chosen.items() if name.startswith(places)}
+        for pattern in self.config.train:
+            if not fnmatch.filter(inside, pattern):
+                raise UserError(
+                    f"stage attention_transfer trains swapped layers' attention only, and pattern {pattern!r} matches "
+                    f"nothing there; use '*.mixer.*' or patterns such as '{places[0]}*', and train the rest in a "
+                    "later stage"
+                )
+        return inside
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
         metrics: Metrics = {}
+        weights = source_weights(model)
         mask = batch.get("attention_mask")
         keep = None if mask is None else mask.bool()
 
         def train(name: str, attn: SwappedAttention, call: Call, heads: torch.Tensor, output: torch.Tensor) -> None:
             teacher = output if self.config.where == "output" else heads
-            with torch.enable_grad():
+            with torch.enable_grad(), weights.as_trained():
                 loss = self.layer_loss(attn, call, teacher, keep)
                 (loss * (weight * self.config.loss_scale)).backward()
             metrics[f"layer_{attn.layer_idx}"] = loss.detach() * self.config.loss_scale
@@ -122,7 +134,7 @@ class AttentionTransfer(Stage):
             y = attn.family.output(attn, y.flatten(-2))
         else:
             teacher = teacher.view_as(y)
-        return {"mse": mse, "cosine": cosine}[self.config.loss](y, teacher, keep)
+        return {"mse": mse, "l2": l2, "cosine": cosine}[self.config.loss](y, teacher, keep)
 
     def _weights(self, attn: SwappedAttention, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's and teacher's attention weights [B, Hq, T, T]; the student's by mixing one-hot values."""

@@ -7,6 +7,7 @@ loop, and write what changed to `result.safetensors`, from which a resumed conve
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch import nn
 from linearize.data import PackedDataset
 from linearize.errors import UserError, disk_full
 from linearize.families.base import Family
+from linearize.swap import source_weights
 from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics, train
@@ -35,12 +37,16 @@ class Stage:
     """Whether the model is in training mode while the stage runs, with the dropout that its config asks for."""
     end_to_end: ClassVar[bool] = True
     """Whether the loss is the whole model's, so that the same step can be taken by the softmax teacher."""
+    needs_teacher: ClassVar[bool] = False
+    """Whether it looks at the source model, which therefore must not be lost to training."""
     adapter: Any = None
     """The peft model of an adapter that was not merged, after the stage has run; exported beside the weights."""
 
     def __init__(self, config: Any, family: type[Family]):
         self.config = config
         self.family = family
+        self.keep_source = self.needs_teacher
+        """Whether tensors that this stage changes are kept, so that `teacher_path` stays the source model."""
 
     def check(self, model: Any) -> None:
         """Raise the errors that `prepare` would, and change nothing; `model` may lie on the meta device."""
@@ -68,13 +74,21 @@ class Stage:
 
     def restore(self, model: Any, tensors: dict[str, torch.Tensor]) -> None:
         """Put what an earlier `finish` returned into a model that has not run this stage."""
+        self.remember(model, tensors)
         state = model.state_dict()
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
 
+    def remember(self, model: Any, names: Iterable[str]) -> None:
+        """Where the source model is still needed, keep its values of these parameters, which are about to change."""
+        if self.keep_source:
+            own, wanted = dict(model.named_parameters()), set(names)
+            source_weights(model).keep(p for n, p in own.items() if n in wanted and _is_of_source(n))
+
     def lr_scale(self, name: str) -> float:
-        """Factor on the learning rate for the parameter `name`."""
-        return 1.0
+        """Factor on the learning rate for the parameter `name`: the last pattern of `lrs` that matches it decides."""
+        rates = [lr for pattern, lr in self.config.lrs.items() if fnmatch.fnmatchcase(name, pattern)]
+        return rates[-1] / self.config.lr if rates else 1.0
 
     def begin(self, model: Any) -> tuple[dict[str, torch.dtype], dict[str, nn.Parameter]]:
         """Freeze the model but for what this stage trains, which is put into float32.
@@ -85,6 +99,13 @@ class Stage:
         for p in model.parameters():
             p.requires_grad_(False)
         parameters = self.prepare(model)
+        for pattern in self.config.lrs:
+            if not fnmatch.filter(parameters, pattern):
+                raise UserError(
+                    f"stage {self.config.type}: lrs pattern {pattern!r} matches nothing that trains; what trains looks "
+                    f"like {', '.join(list(parameters)[:3])}"
+                )
+        self.remember(model, parameters)
         dtypes = {name: p.dtype for name, p in parameters.items()}
         for p in parameters.values():
             p.data = p.data.float()
@@ -92,7 +113,9 @@ class Stage:
         model.train(self.dropout)
         return dtypes, parameters
 
-    def run(self, model: Any, data: PackedDataset, folder: Path, resume: bool = False) -> float:
+    def run(
+        self, model: Any, data: PackedDataset, folder: Path, resume: bool = False, keep_source: bool = False
+    ) -> float:
         """Run the stage, or restore its result when `resume` finds it finished.
 
         Args:
@@ -100,10 +123,12 @@ class Stage:
             data: packed sequences.
             folder: the stage's own folder, for metrics, checkpoints and the result.
             resume: continue from what an earlier, interrupted run left in `folder`.
+            keep_source: whether a later stage needs the source model.
 
         Returns:
             Seconds of training, those of interrupted and finished runs included.
         """
+        self.keep_source = self.needs_teacher or keep_source
         result = folder / "result.safetensors"
         if resume and result.exists():
             tensors, state = read_tensors(result)
@@ -137,6 +162,10 @@ class Stage:
             write_tensors(result, changed, {"type": self.config.type, "seconds": seconds})
             remove_checkpoints(folder)
         return seconds
+
+
+def _is_of_source(name: str) -> bool:
+    return ".mixer." not in name and ".lora_" not in name
 
 
 def select(model: nn.Module, patterns: list[str], stage: str) -> dict[str, nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from linearize.schema import Count, Strict
 
@@ -24,6 +24,11 @@ class TrainingConfig(Strict):
     )
     seq_len: int | None = Field(None, gt=0, description="Tokens per sequence. Default: data.seq_len.")
     lr: float = Field(gt=0, description="Peak learning rate.")
+    lrs: dict[str, float] = Field(
+        {},
+        description="Other peak learning rates, by shell-style pattern of parameter names, such as "
+        "{'*.mixer.*': 1e-3}; the last that matches counts.",
+    )
     schedule: Literal["cosine", "linear", "constant", "plateau"] = Field(
         "cosine",
         description="Decay after warm-up; plateau multiplies by 0.1 when the mean loss stops falling.",
@@ -44,6 +49,13 @@ class TrainingConfig(Strict):
     checkpoint_every: int = Field(100, gt=0, description="Optimiser steps between resumable checkpoints.")
     log_every: int = Field(1, gt=0, description="Optimiser steps between lines in metrics.jsonl.")
     seed: int = Field(0, description="Seed of the data order and of dropout.")
+
+    @field_validator("lrs")
+    @classmethod
+    def _rates_are_positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if wrong := [f"{pattern}: {lr}" for pattern, lr in value.items() if lr <= 0]:
+            raise ValueError(f"rates must be greater than 0, got {wrong[0]}; leave what is not to change out of train")
+        return value
 
     @model_validator(mode="after")
     def _micro_divides(self) -> TrainingConfig:

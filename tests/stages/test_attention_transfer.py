@@ -216,7 +216,11 @@ def test_bfloat16_weights_train_in_float32_and_stay_bfloat16(
     [
         ("liger", {}, "nothing to train: Liger adds no parameters; remove the stage"),
         ("lolcats", {"train": ["*.mixer.map_z.*"]}, "train pattern '\\*.mixer.map_z.\\*' matches no parameter"),
-        ("lolcats", {"train": ["*"]}, "trains mixers only, but train matches '.*', which the teacher shares"),
+        (
+            "lolcats",
+            {"train": ["lm_head.*"]},
+            "trains swapped layers' attention only, and pattern 'lm_head.\\*' matches",
+        ),
     ],
 )
 def test_nothing_sensible_to_train(

@@ -111,7 +111,7 @@ def test_mixers_have_their_own_learning_rate(
     """Adam's first step moves a weight by lr times the sign of its gradient, so the distances show the rates."""
     model = converted("lolcats", LAYERS)
     before = snapshot(model)
-    stage = make_stage("finetune", lr=1e-3, mixer_lr=2e-2, train=["*"], warmup=0.0)
+    stage = make_stage("finetune", lr=1e-3, lrs={"*.mixer.*": 2e-2}, train=["*"], warmup=0.0)
     stage.run(model, dataset(tmp_path, pico_tokenizer), tmp_path / "run")
     for name, tensor in model.state_dict().items():
         distance = float((tensor - before[name]).abs().max())

@@ -1,0 +1,58 @@
+"""The source model's values of tensors that training changes, so that a converted model can still be its own teacher.
+
+A model whose q_proj has been fine-tuned no longer computes the source's attention, whichever path its layers take.
+Stages therefore keep what they are about to change, and `linearize.swap.teacher_path` puts it back while it lasts. Only
+changed tensors are held twice, and only where a stage needs the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class SourceWeights:
+    """Parameters that training changes, with the source's values of them."""
+
+    def __init__(self) -> None:
+        self._other: dict[nn.Parameter, torch.Tensor] = {}
+        self.active = False
+        """Whether the parameters hold the source's values at the moment."""
+
+    def keep(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Remember the present values of those that have none yet; call it before the first change."""
+        assert not self.active
+        for p in parameters:
+            if p not in self._other:
+                self._other[p] = p.data.clone()
+
+    @contextmanager
+    def as_in_source(self) -> Iterator[None]:
+        """Inside the context the parameters hold the source's values; nested uses do nothing more."""
+        with self._set(True):
+            yield
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Inside the context, and inside `as_in_source`, they hold the trained values again."""
+        with self._set(False):
+            yield
+
+    @contextmanager
+    def _set(self, active: bool) -> Iterator[None]:
+        before = self.active
+        self._switch(active)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, active: bool) -> None:
+        if active == self.active:
+            return
+        for p, other in self._other.items():
+            p.data, self._other[p] = other, p.data
+        self.active = active

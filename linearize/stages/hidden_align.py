@@ -1,0 +1,108 @@
+"""Alignment of hidden states: what whole decoder layers, or the model's body, return is pulled to what the source's do.
+
+`block` gives each layer that trains the source's input and compares its output, one layer's graph alive at a time:
+MOHAWK's second stage (Bick et al. 2024, arXiv:2408.10189, section 3.2). `stream` compares every layer's output in the
+student's own stream of hidden states (as TinyBERT does, arXiv:1909.10351, equation 8), `final` the last one alone. What
+attention returns inside a layer is the business of attention_transfer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from linearize.losses import cosine, l2, mse
+from linearize.stages.tuning.tuned import Tuned, TunedConfig
+from linearize.swap import source_weights, student_path
+from linearize.teacher import blocks, run_blocks
+from linearize.training.loop import Batch, Metrics
+
+LOSSES = {"mse": mse, "l2": l2, "cosine": cosine}
+
+
+class HiddenAlignConfig(TunedConfig):
+    """Settings of the hidden_align stage."""
+
+    type: Literal["hidden_align"] = "hidden_align"
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    where: Literal["block", "stream", "final"] = Field(
+        "block", description="Layers on the source's inputs; layers in the student's own stream; or its end alone."
+    )
+    loss: Literal["mse", "l2", "cosine"] = Field(
+        "l2", description="l2 is the length of the error over the root of the model's width."
+    )
+    train: list[str] = Field(
+        ["*.mixer.*"], description="Shell-style patterns of parameters to train in full, such as '*.mixer.*'."
+    )
+
+
+class HiddenAlign(Tuned):
+    """See the module docstring."""
+
+    Config = HiddenAlignConfig
+    needs_teacher = True
+    config: HiddenAlignConfig
+
+    @property
+    def end_to_end(self) -> bool:  # type: ignore[override]
+        """Whether the loss is the whole model's."""
+        return self.config.where != "block"
+
+    def count(self, batch: Batch) -> int:
+        mask = batch.get("attention_mask")
+        return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+    def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        mask = batch.get("attention_mask")
+        keep = None if mask is None else mask.bool()
+        loss = LOSSES[self.config.loss]
+        if self.config.where == "block":
+            return self._blockwise(model, inputs, keep, weight)
+        with self.teacher(model):
+            expected = self._states(model, inputs)
+        found = self._states(model, inputs)
+        parts = [loss(a, b, keep) for a, b in zip(found, expected, strict=True)]
+        total = torch.stack(parts).mean()
+        (total * weight).backward()
+        return {"loss": total.detach()}
+
+    def _states(self, model: Any, inputs: Batch) -> list[torch.Tensor]:
+        """What is compared, [B, T, C] each."""
+        if self.config.where == "final":
+            return [self.family.base_model(model)(**inputs, use_cache=False).last_hidden_state]
+        found: list[torch.Tensor] = []
+        hooks = [
+            block.register_forward_hook(lambda m, a, output: found.append(_first(output)))
+            for block in blocks(model, self.family)
+        ]
+        try:
+            self.family.base_model(model)(**inputs, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _blockwise(self, model: Any, inputs: Batch, keep: torch.Tensor | None, weight: float) -> Metrics:
+        metrics: Metrics = {}
+        loss = LOSSES[self.config.loss]
+
+        def see(index: int, block: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            if not any(p.requires_grad for p in block.parameters()):
+                return
+            with torch.enable_grad(), student_path(block, source_weights(model)):
+                found = _first(block.forward(*args, **kwargs))
+                part = loss(found, _first(output), keep)
+                (part * weight).backward()
+            metrics[f"layer_{index}"] = part.detach()
+
+        with self.teacher(model):
+            run_blocks(model, self.family, inputs, see)
+        metrics["loss"] = torch.stack(list(metrics.values())).mean()
+        return metrics
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output

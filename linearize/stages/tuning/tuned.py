@@ -1,0 +1,130 @@
+"""End-to-end training of chosen tensors, of adapters, or of both: what fine-tuning and distillation have in common.
+
+Predictions are compared row by row of the final hidden states: `scored` takes a few thousand rows at a time through the
+language model's head, forward and again in the backward pass, so that logits of the whole vocabulary never exist for
+more than one such piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from pydantic import Field
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from linearize.errors import UserError
+from linearize.stages.base import Stage, select
+from linearize.stages.tuning.lora import LoraSettings, attach, target_modules
+from linearize.swap import teacher_path
+from linearize.training.config import TrainingConfig
+from linearize.training.loop import Batch
+
+
+class TunedConfig(TrainingConfig):
+    """Settings of every stage that trains end to end."""
+
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    lora: LoraSettings | None = Field(None, description="Adapter to train; null trains only `train`.")
+    train: list[str] = Field(
+        [],
+        description="Shell-style patterns of parameters to train in full, such as '*.mixer.*' or '*' for all.",
+    )
+    head_chunk: int = Field(
+        2048,
+        gt=0,
+        description="Predictions whose logits over the whole vocabulary are in memory at once; changes memory and "
+        "speed, not results.",
+    )
+
+
+class Tuned(Stage):
+    """Trains `train` and `lora`; a subclass says by which loss, in `backward`."""
+
+    config: TunedConfig
+
+    def __init__(self, config: TunedConfig, family: Any):
+        super().__init__(config, family)
+        self.adapter: PeftModel | None = None
+        self.changed: list[str] = []
+
+    def check(self, model: Any) -> None:
+        kind = self.config.type
+        if not self.family.causal:
+            raise UserError(
+                f"stage {kind} predicts the next token, and {self.family.__name__} models see it already; remove the "
+                "stage, and train the mixers by attention_transfer"
+            )
+        if self.config.lora is None and not self.config.train:
+            raise UserError(f"stage {kind} trains nothing; set lora: {{r: 8}}, or train: ['*'] for all parameters")
+        select(model, self.config.train, kind)
+        if self.config.lora is not None:
+            target_modules(model, self.config.lora.targets, self.family)
+
+    def prepare(self, model: Any) -> dict[str, nn.Parameter]:
+        self.check(model)
+        config = self.config
+        chosen = select(model, config.train, config.type)
+        self.changed = list(chosen)
+        if config.lora is None:
+            return chosen
+        targets = target_modules(model, config.lora.targets, self.family)
+        self.changed += [f"{name}.weight" for name in targets]
+        self.adapter = attach(model, config.lora, targets, config.seed)
+        full = {id(p) for p in chosen.values()}
+        return {name: p for name, p in model.named_parameters() if id(p) in full or ".lora_" in name}
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
+    def finish(self, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        if self.adapter is not None and self.config.lora and self.config.lora.merge:
+            self.remember(model, [name.replace(".weight", ".base_layer.weight") for name in self.changed])
+            self.adapter.merge_and_unload()
+            self.adapter = None
+        state = model.state_dict()
+        if self.adapter is None:
+            return {name: state[name] for name in dict.fromkeys(self.changed)}
+        renamed = {name.replace(".base_layer.", "."): name for name in state}
+        kept = [renamed[name] for name in self.changed if name in renamed]
+        return {name: tensor for name, tensor in state.items() if ".lora_" in name or name in kept}
+
+    def restore(self, model: Any, tensors: dict[str, torch.Tensor]) -> None:
+        if self.config.lora is not None and not self.config.lora.merge:
+            self.prepare(model)
+        super().restore(model, tensors)
+
+    @contextmanager
+    def teacher(self, model: Any) -> Iterator[None]:
+        """Inside the context `model` is the source model, in eval mode and without gradients."""
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), teacher_path(model):
+                yield
+        finally:
+            model.train(training)
+
+    def hidden(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The final hidden states that predict something, [N, C], and the tokens they are to predict, [N]."""
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
+        hidden = self.family.base_model(model)(**inputs, use_cache=False).last_hidden_state
+        targets = batch["labels"][:, 1:]
+        asked = targets != -100
+        return hidden[:, :-1][asked], targets[asked]
+
+    def scored(self, loss: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+        """The sum of `loss(*pieces)`, summed losses [K] themselves, over pieces of `head_chunk` rows.
+
+        Args:
+            loss: takes a piece of each of `rows`.
+            rows: tensors [N, ...].
+        """
+        pieces = zip(*(t.split(self.config.head_chunk) for t in rows), strict=True)
+        if not torch.is_grad_enabled():
+            return sum(loss(*piece) for piece in pieces)  # type: ignore[return-value]
+        return sum(checkpoint(loss, *piece, use_reentrant=False) for piece in pieces)
