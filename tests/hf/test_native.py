@@ -17,6 +17,7 @@ from trainable import make_recipe, write_source
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import linearize
+from linearize.cli.main import main
 from linearize.errors import UserError
 from linearize.hf import native as hf_native
 from linearize.hf.export import export
@@ -273,7 +274,7 @@ def recipe(folder: Path, **sections: Any) -> Recipe:
     return make_recipe(folder, **{**values, **sections})
 
 
-def test_a_conversion_from_end_to_end(source: Path) -> None:
+def test_a_conversion_from_end_to_end(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     out = convert(recipe(source, evaluation=EVALUATION, init={"type": "calibrated"}), source / "out", say=said.append)
     assert "as qwen3_next of transformers" in said[0]
@@ -290,6 +291,9 @@ def test_a_conversion_from_end_to_end(source: Path) -> None:
     assert report.teacher_model == str(source / "source") and report.teacher is not None
     assert report.student.losses[0].loss == pytest.approx(points["after finetune"]["losses"][0]["loss"], rel=1e-4)
     assert report.teacher.losses[0].loss == pytest.approx(points["teacher"]["losses"][0]["loss"], rel=1e-4)
+    assert main(["generate", str(out), "--prompt", "the cat", "--device", "cpu"]) == 0
+    assert main(["bench", str(out), "--device", "cpu"]) != 0
+    assert "give a converted model, exported without export.native" in capsys.readouterr().err
 
 
 def test_without_it_the_card_asks_for_remote_code(source: Path) -> None:
