@@ -11,7 +11,7 @@ from typing import Any
 import pico
 import pytest
 import torch
-from hf.test_export import in_clean_process, logits
+from hf.test_export import in_clean_process, logits, weights
 from mixers.mixer_cases import NATIVE
 from trainable import make_recipe, write_source
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -163,6 +163,7 @@ def test_it_reloads_in_a_clean_process_without_remote_code(
     for (name, model), folder in zip(models.items(), folders, strict=True):
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == "qwen3_next" and config["architectures"] == ["Qwen3NextForCausalLM"]
+        assert config["tie_word_embeddings"] == ("lm_head.weight" not in weights(folder)) == (name == "tied")
         assert "auto_map" not in config and "linearize" not in config and not list(folder.glob("*.py"))
         assert torch.equal(results[f"{name}.logits"], logits(native_model(model)))
         torch.testing.assert_close(results[f"{name}.logits"], logits(model), atol=5e-5, rtol=0)
