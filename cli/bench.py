@@ -120,9 +120,11 @@ def _stages(arguments: argparse.Namespace, model: Any) -> list:
 
     from linearize import Recipe
     from linearize.pipeline import stages_of
-    from linearize.registry import family_of
+    from linearize.registry import known_family
 
-    family = family_of(model.config)
+    family = known_family(model.config)
+    if family is None:  # such as a native export; `bench` says what it lacks
+        return []
     written = Path(arguments.path or "") / "recipe.yaml"
     if arguments.path is None:
         return stages_of(Recipe.load(f"default/{arguments.mixer or 'lolcats'}", model="demo").stages, family)

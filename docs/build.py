@@ -24,6 +24,8 @@ from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import Mixer
 from linearize.mixers.composed import ComposedConfig
 from linearize.mixers.parts.base import Part
+from linearize.mixers.parts.conv import ConvConfig
+from linearize.mixers.parts.output import OutputConfig
 from linearize.recipe import ALIASES, ExportConfig, KeptConfig, ModelConfig, Recipe, available
 from linearize.registry import find, keys
 from linearize.schema import parse_count
@@ -183,7 +185,11 @@ def _shortest(value: Any) -> Any:
                 default = dataclasses.asdict(part.Config())
                 rest = {k: v for k, v in value.items() if v != default[k]}
                 return {"type": value["type"], **rest} if rest else value["type"]
-    return {k: v for k, v in value.items() if v not in (None, False, 0, "none")}
+    for nested in (ConvConfig(), OutputConfig()):
+        default = dataclasses.asdict(nested)
+        if set(value) == set(default):
+            return {k: v for k, v in value.items() if v != default[k]}
+    return value
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:

@@ -142,7 +142,8 @@ def bench(
     """
     if teacher is None and not swapped(student):
         raise UserError(
-            "the model to time has no swapped layers, so that it is its own teacher; give a converted model"
+            "the model to time has no swapped layers, so that it is its own teacher; give a converted model, "
+            "exported without export.native"
         )
     device = student.device
     paths: dict[str, tuple[Any, Callable[[], AbstractContextManager]]] = {

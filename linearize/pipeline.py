@@ -29,6 +29,7 @@ from linearize.hf.auto import linearized
 from linearize.hf.card import model_card
 from linearize.hf.export import export, export_adapter
 from linearize.hf.load import load, load_config, load_processor
+from linearize.hf.native import native_model
 from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
@@ -92,6 +93,8 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
     data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]
     swap(model, plan, recipe.seed)
+    if plan.native is not None:
+        native_model(model)  # what its check refuses should not wait until after the training
     points = Points(out / "run" / "measurements.json", recipe, tokenizer, say)
     with teacher_path(model):
         points.take("teacher", model)
@@ -112,7 +115,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         if stages and stages[-1].adapter is not None:
             export_adapter(stages[-1].adapter, processor, out, **options)
         else:
-            export(model, processor, out, **options)
+            export(model, processor, out, native=plan.native is not None, **options)
     wait_for_all()
     if points.taken:
         say(comparison_table(list(points.taken.items())))
@@ -203,6 +206,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     if mark.exists() and resume and not _is_unbegun(out):
         before, now = _flat(yaml.safe_load(mark.read_text())), _flat(recipe.model_dump(mode="json"))
         changed = [k for k in dict.fromkeys([*before, *now]) if before.get(k) != now.get(k)]
+        changed = [k for k in changed if not k.startswith("export.")]  # which no stage has seen yet
         if changed:
             raise UserError(
                 f"cannot resume in {out}: the recipe differs in "

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from linearize.errors import UserError
 from linearize.families.base import Family
+from linearize.hf.native import native_config, native_of
 from linearize.kept import AS_IN_SOURCE, Kept
 from linearize.mixers.base import Context, HeadShape, Mixer, build_mixer
 from linearize.recipe import Recipe, mixer_config
@@ -60,6 +61,8 @@ class Plan:
     concerns: tuple[str, ...]
     dtype: str
     kept: Kept = AS_IN_SOURCE
+    native: str | None = None
+    """`model_type` of the architecture of transformers that the result is exported as; None for one of its own."""
 
     def description(self) -> dict[str, Any]:
         """What the checkpoint's config stores: see `linearize.swap.mixer_specs`."""
@@ -98,6 +101,8 @@ class Plan:
             )
         weights = (self.source_parameters + self.new_parameters) * torch.finfo(getattr(torch, self.dtype)).bits // 8
         lines.append(f"memory      weights {weights / 2**30:,.2f} GiB; trained tensors need 16 bytes a parameter more")
+        if self.native is not None:
+            lines.append(f"export      as {self.native} of transformers; loads without trust_remote_code")
         lines += [f"note        {concern}" for concern in self.concerns]
         return "\n".join(lines)
 
@@ -119,7 +124,8 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
 
     Raises:
         UserError: for an unsupported family, a layer pattern or number that does not fit, mixer settings that the layer
-            sizes do not allow, or stages that cannot follow each other.
+            sizes do not allow, stages that cannot follow each other, or a native export of what is no architecture of
+            transformers.
     """
     if getattr(config, "linearize", None) is not None:
         raise UserError(f"{recipe.model.name} is a converted model already; convert the model that it was made from")
@@ -150,7 +156,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         inits = mixer.inits()
         new = tuple(NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters())
         layers.append(LayerPlan(index, module, recipe.mixer["type"], new, held, kv))
-    return Plan(
+    plan = Plan(
         family=config.model_type,
         source=recipe.resolved_model(),
         mixer={"type": recipe.mixer["type"], **dataclasses.asdict(settings)},
@@ -160,6 +166,10 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         dtype=str(dtype).removeprefix("torch."),
         kept=kept,
     )
+    if not recipe.export.native:
+        return plan
+    native = native_of(native_config(config, plan.description()))
+    return dataclasses.replace(plan, native=native.model_class.config_class.model_type)  # type: ignore[attr-defined]
 
 
 def choose_layers(layers: str | list[int], depth: int) -> set[int]:
@@ -224,6 +234,12 @@ def state_bytes(mixer: Mixer, shape: HeadShape, dtype: torch.dtype) -> int:
 
 
 def _check_stages(recipe: Recipe) -> None:
+    last = recipe.stages[-1].get("lora") if recipe.stages else None
+    if recipe.export.native and last and not last["merge"]:
+        raise UserError(
+            f"export.native writes one model, and stages.{len(recipe.stages) - 1}.lora.merge is false; set it to true, "
+            "or leave export.native out"
+        )
     for index, stage in enumerate(recipe.stages[:-1]):
         lora = stage.get("lora")
         if lora and not lora["merge"]:

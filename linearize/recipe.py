@@ -60,6 +60,11 @@ class ExportConfig(Strict):
     max_shard_size: str = Field(
         "5GB", pattern=r"^[1-9][0-9]* ?[KMGT]B$", description="Largest safetensors file, such as 500MB or 5GB."
     )
+    native: bool = Field(
+        False,
+        description="Write the architecture of transformers that the converted model is exactly, which loads without "
+        "remote code; an error where it is none.",
+    )
 
 
 class Recipe(Strict):

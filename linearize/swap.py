@@ -74,6 +74,8 @@ class SwappedAttention(nn.Module):
             values: [B, T, Hkv, V'] that replace the layer's own: one-hot values read out the mixing matrix.
         """
         q, k, v = self.family.project(self, x)
+        if self.mixer.source_norm:
+            q, k = self.family.normed(self, q, k)
         v = v if values is None else values
         if batch.order is not None:
             q, k, v, x = (reordered(t, batch.order) for t in (q, k, v, x))

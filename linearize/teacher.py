@@ -29,7 +29,7 @@ def teacher_logits(attn: SwappedAttention, call: Call, queries: slice = slice(No
     x, position, _, batch = call
     shape = attn.mixer.shape
     q, k, _ = attn.family.project(attn, x)
-    q, k = attn.family.rotate(attn, q, k, position)
+    q, k = attn.family.rotate(attn, *attn.family.normed(attn, q, k), position)
     if batch.order is not None:
         q, k = reordered(q, batch.order), reordered(k, batch.order)
     scores = torch.einsum("bihd,bjhd->bhij", q[:, queries].float(), expand_heads(k, q.shape[2]).float()) * shape.scale

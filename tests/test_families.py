@@ -13,7 +13,9 @@ from trainable import make_recipe, write_source
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, LlavaProcessor
 
 from linearize import registry
+from linearize.batch import NO_BATCH
 from linearize.hf.auto import linearized
+from linearize.mixers.composed import Composed, ComposedConfig
 from linearize.pipeline import convert
 from linearize.plan import make_plan
 from linearize.recipe import Recipe
@@ -74,6 +76,37 @@ def test_shapes_are_those_of_the_projections(key: str) -> None:
         assert q.shape == (1, 5, shape.heads, shape.key_dim)
         assert k.shape == (1, 5, shape.kv_heads, shape.key_dim)
         assert v.shape == (1, 5, shape.kv_heads, shape.value_dim)
+        normed = attn.family.normed(attn, q, k)
+        assert [t.shape for t in normed] == [q.shape, k.shape]
+
+
+@every_family
+@pytest.mark.parametrize("source_norm", [True, False])
+@torch.no_grad()
+def test_mixers_see_queries_and_keys_after_the_sources_norm_if_they_ask_for_it(key: str, source_norm: bool) -> None:
+    """The hook of a source's own norm gives what the mixer must get; without it, what goes into that norm."""
+    model = converted(key)
+    attn, seen, given = next(iter(swapped(model).values())), [], {}
+    attn.mixer = Composed(ComposedConfig(source_norm=source_norm), attn.mixer.shape)
+    attn.mixer.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    for name in ("q_norm", "k_norm"):
+        if (norm := getattr(attn, name, None)) is not None:
+            norm.register_forward_hook(lambda m, args, out, name=name: given.update({name: (args[0], out)}))
+    x = torch.randn(2, 5, attn.mixer.shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(5)[None]
+    rotary = getattr(attn.family.base_model(model), "rotary_emb", None)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    wanted = (kinds[0],) if rotary is not None and key == "gemma3_text" else ()
+    position = (
+        None if rotary is None else rotary(x, positions.expand(3, 1, 5) if key == "qwen2_5_vl" else positions, *wanted)
+    )
+    attn.heads(x, position, NO_BATCH)
+    bare = attn.family.project(attn, x)[:2]
+    for name, found, projected in zip(("q_norm", "k_norm"), seen[0], bare, strict=True):
+        assert (name in given) == (source_norm and hasattr(attn, name))
+        expected = given[name][1].view_as(found) if name in given else projected
+        assert torch.equal(found, expected)
+        assert name not in given or not torch.allclose(found, projected)
 
 
 @every_family

@@ -102,12 +102,16 @@ class Family:
 
     @classmethod
     def project(cls, attn: Any, x: torch.Tensor) -> Heads:
-        """[B, T, C] -> q [B, T, Hq, K], k [B, T, Hkv, K], v [B, T, Hkv, V], before the rotary embedding, after any norm
-        of queries and keys; one on every head, if the module has any.
-        """
+        """[B, T, C] -> q [B, T, Hq, K], k [B, T, Hkv, K], v [B, T, Hkv, V], before any norm and rotary embedding."""
         heads = (*x.shape[:2], -1, attn.head_dim)
-        q, k, v = attn.q_proj(x).view(heads), attn.k_proj(x).view(heads), attn.v_proj(x).view(heads)
-        return (attn.q_norm(q), attn.k_norm(k), v) if hasattr(attn, "q_norm") else (q, k, v)
+        return attn.q_proj(x).view(heads), attn.k_proj(x).view(heads), attn.v_proj(x).view(heads)
+
+    @classmethod
+    def normed(cls, attn: Any, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [B, T, Hq, K] and k [B, T, Hkv, K] after the source's norms of queries and keys; by default one on every
+        head, if the module has any.
+        """
+        return (attn.q_norm(q), attn.k_norm(k)) if hasattr(attn, "q_norm") else (q, k)
 
     @classmethod
     def query_module(cls, attn: Any) -> nn.Module:

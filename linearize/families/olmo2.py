@@ -8,7 +8,7 @@ import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, apply_rotary_pos_emb
 
-from linearize.families.base import Family, Heads
+from linearize.families.base import Family
 
 
 class Olmo2(Family):
@@ -20,7 +20,5 @@ class Olmo2(Family):
     rotary = staticmethod(apply_rotary_pos_emb)
 
     @classmethod
-    def project(cls, attn: Any, x: torch.Tensor) -> Heads:
-        heads = (*x.shape[:2], -1, attn.head_dim)
-        q, k = attn.q_norm(attn.q_proj(x)), attn.k_norm(attn.k_proj(x))
-        return q.view(heads), k.view(heads), attn.v_proj(x).view(heads)
+    def normed(cls, attn: Any, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return attn.q_norm(q.flatten(2)).view_as(q), attn.k_norm(k.flatten(2)).view_as(k)

@@ -40,6 +40,13 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     adapter = 'model = peft.PeftModel.from_pretrained(model, f"{path}/adapter")  # measured with it\n' if kept else ""
     mixer, short, long = plan.mixer["type"], plan.cache_bytes(2048) / 2**20, plan.cache_bytes(131072) / 2**20
     auto = find("families", plan.family, Family).auto_class
+    remote = "" if plan.native else ", trust_remote_code=True"
+    alone = "  # with `import linearize`: not needed" if remote else ""
+    what = (
+        f"\nIt is a `{plan.native}` model of transformers and loads without `trust_remote_code`.\n"
+        if plan.native
+        else ""
+    )
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
@@ -49,14 +56,14 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
 {swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{mixer}` mixer and trained to take
 over from it, with [linearize](https://pypi.org/project/linearize/). The decoding cache of a sequence takes
 {short:,.2f} MiB after 2,048 tokens and {long:,.2f} MiB after 131,072.
-
+{what}
 ## Use
 
 ```python
 from transformers import {auto}, AutoTokenizer
 
-model = {auto}.from_pretrained(path, trust_remote_code=True)  # with `import linearize`: not needed
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = {auto}.from_pretrained(path{remote}){alone}
+tokenizer = AutoTokenizer.from_pretrained(path{remote})
 {adapter}```
 
 ## Measured

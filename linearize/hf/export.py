@@ -16,6 +16,7 @@ from typing import Any
 
 from linearize.errors import UserError, disk_full
 from linearize.hf.bundle import is_bundled
+from linearize.hf.native import native_model
 
 ADAPTER = "adapter"
 """Name of the folder inside a checkpoint that holds a LoRA in PEFT's format."""
@@ -28,6 +29,7 @@ def export(
     *,
     max_shard_size: str = "5GB",
     extra_files: Mapping[str, str] | None = None,
+    native: bool = False,
 ) -> Path:
     """Write a checkpoint, all of it or nothing.
 
@@ -37,19 +39,22 @@ def export(
         out_dir: created with its parents. What an earlier export left there is replaced, all else stays.
         max_shard_size: largest safetensors file, say "5GB".
         extra_files: file name -> text, say a recipe and a model card.
+        native: write the architecture of transformers that the model is, see `linearize.hf.native`.
 
     Returns:
         `out_dir` as a Path.
 
     Raises:
         UserError: for a model that is not a converted one or still has LoRA layers, mixer code that cannot be
-            copied, and a full disk.
+            copied, a full disk, and a native export of what transformers does not have.
     """
     out = Path(out_dir)
     _check_converted(model)
     lora = [name for name, _ in model.named_parameters() if "lora_" in name]
     if lora:
         raise UserError(f"the model has LoRA layers, such as {lora[0]}; merge them or use `export_adapter`")
+    if native:
+        model = native_model(model)
     with _staged(out) as folder:
         _write(model, tokenizer, folder, max_shard_size, extra_files or {})
     return out

@@ -91,7 +91,7 @@ class Mixer(nn.Module):
         """Mix tokens.
 
         Args:
-            q: [B, T, Hq, K] before rotary embedding, after any q-norm.
+            q: [B, T, Hq, K] before rotary embedding, after any q-norm of the source if `source_norm` asks for it.
             k: [B, T, Hkv, K] likewise.
             v: [B, T, Hkv, V].
             x: [B, T, C] the layer input, for data-dependent gates.
@@ -112,6 +112,11 @@ class Mixer(nn.Module):
     def exact(self) -> int:
         """Last tokens, the current one included, that the mixer reads by softmax attention; 0 for none."""
         return 0
+
+    @property
+    def source_norm(self) -> bool:
+        """Whether it is given queries and keys after the source's own norm of them, where the source has one."""
+        return True
 
     @property
     def linear_in_values(self) -> bool:

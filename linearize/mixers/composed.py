@@ -65,6 +65,9 @@ class ComposedConfig:
     branch works at lengths it was not trained on."""
     conv: ConvConfig = field(default_factory=ConvConfig)
     """Short convolution on the projected heads."""
+    source_norm: bool = True
+    """Whether queries and keys pass the source's own q/k norm, where it has one, before the mixer (its gates included)
+    sees them."""
     qk_norm: Literal["none", "l2", "rms"] = "none"
     """Norm of queries and keys per head: l2 after the feature map, or a learned RMS norm before it."""
     kv_heads: Literal["shared", "cloned"] = "shared"
@@ -166,6 +169,10 @@ class Composed(Mixer):
         output, config = self.config.output, self.config
         plain = output.norm == "none" and config.kv_heads == "shared" and not config.meta_tokens
         return plain and self.update.linear_in_values and not (config.conv.size and "v" in config.conv.inputs)
+
+    @property
+    def source_norm(self) -> bool:
+        return self.config.source_norm
 
     @property
     def output_scale(self) -> nn.Parameter | None:

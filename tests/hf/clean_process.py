@@ -3,7 +3,8 @@ they say.
 
     python -I clean_process.py IDS.safetensors OUT.safetensors FOLDER...
 
-For each folder, OUT holds `<name>.logits` of the ids and `<name>.greedy`, their greedy continuation.
+Remote code is trusted where a folder has any. For each, OUT holds `<name>.logits` of the ids and `<name>.greedy`, their
+greedy continuation.
 """
 
 import importlib.abc
@@ -37,9 +38,9 @@ ids_file, out_file, *folders = sys.argv[1:]
 ids = load_file(ids_file)["ids"]
 results = {}
 for folder in folders:
-    classes = json.loads((Path(folder) / "config.json").read_text())["auto_map"]
-    auto = getattr(transformers, next(name for name in classes if name != "AutoConfig"))
-    model = auto.from_pretrained(folder, trust_remote_code=True)
+    classes = json.loads((Path(folder) / "config.json").read_text()).get("auto_map", {})
+    auto = getattr(transformers, next((name for name in classes if name != "AutoConfig"), "AutoModelForCausalLM"))
+    model = auto.from_pretrained(folder, **({"trust_remote_code": True} if classes else {}))
     transformers.AutoTokenizer.from_pretrained(folder)
     name = Path(folder).name
     with torch.no_grad():

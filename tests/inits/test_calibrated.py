@@ -125,7 +125,7 @@ def test_statistics_of_long_rows_are_taken_in_blocks(student: Any) -> None:
         with torch.no_grad():
             found = attention_statistics(attn, call)
             q, k, _ = attn.family.project(attn, call.x)
-            q, k = attn.family.rotate(attn, q, k, call.position)
+            q, k = attn.family.rotate(attn, *attn.family.normed(attn, q, k), call.position)
             scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, dim=2)) * attn.head_dim**-0.5
             age = torch.arange(300)[:, None] - torch.arange(300)[None]
             weights = scores.masked_fill(age < 0, float("-inf")).softmax(-1)

@@ -41,6 +41,16 @@ def switches(config: type) -> Iterator[dict[str, Any]]:
             yield {"sinks": 3}
 
 
+NATIVE: dict[str, Any] = {
+    "source_norm": False,
+    "conv": {"activation": "silu"},
+    "update": {"bias": False},
+    "output": {"gate_bias": False, "eps": 1e-6},
+    "chunk_size": 16,
+}
+"""Gated DeltaNet as Qwen3-Next has it."""
+
+
 def _short(value: Any) -> str:
     return ",".join(str(v) for v in value.values()) if isinstance(value, dict) else str(value)
 
@@ -117,6 +127,9 @@ def find_cases() -> list[Case]:
         cases.append(Case("composed", {"window": 8, "chunk_size": 16, **settings}))
         if settings.keys() & {"feature_map", "decay", "combine"}:
             cases.append(Case("composed", {**positive, **settings}))
+    shut = {"norm": "rms", "gate": "silu", "gate_bias": False}
+    cases += [Case("composed", {"output": {**shut, **rank}}) for rank in ({}, {"gate_rank": 3})]
+    cases += [Case("gdn", NATIVE)]
     unique = {str(case): case for case in cases}
     return [case for case in unique.values() if case.key != "composed" or is_possible(case)]
 

@@ -73,6 +73,20 @@ def test_a_convolution_sees_the_last_tokens_of_its_document(documents: list[int]
         assert_equal(result, expected)
 
 
+@pytest.mark.parametrize("inputs", ["qkv", "v"])
+@torch.no_grad()
+def test_an_activation_follows_the_convolution_of_what_is_convolved(inputs: str) -> None:
+    heads = given()[:3]
+    plain, curved = (
+        started(Conv(ConvConfig(size=4, inputs=inputs, activation=name), SHAPE)) for name in ("none", "silu")
+    )
+    for name, before, result in zip(
+        "qkv", plain(*heads, context(), None), curved(*heads, context(), None), strict=False
+    ):
+        expected = [z / (1 + math.exp(-z)) for z in before.flatten().tolist()] if name in inputs else before.flatten()
+        assert_equal(result.flatten(), expected)
+
+
 @torch.no_grad()
 def test_a_convolution_goes_on_from_its_state() -> None:
     heads, conv = given()[:3], started(Conv(ConvConfig(size=4), SHAPE))
@@ -120,9 +134,12 @@ def test_meta_tokens_hardly_weigh_at_first() -> None:
 @pytest.mark.parametrize("norm", ["none", "rms", "group"])
 @pytest.mark.parametrize("gate", ["none", "sigmoid", "silu"])
 @pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize(("bias", "eps"), [(True, 1e-5), (False, 0.3)])
 @torch.no_grad()
-def test_the_output_is_normed_gated_and_scaled(norm: str, gate: str, rank: int | None) -> None:
-    part = started(Output(OutputConfig(norm, gate, rank, scale=True), SHAPE))  # type: ignore[arg-type]
+def test_the_output_is_normed_gated_and_scaled(norm: str, gate: str, rank: int | None, bias: bool, eps: float) -> None:
+    config = OutputConfig(norm, gate, rank, gate_bias=bias, scale=True, eps=eps)  # type: ignore[arg-type]
+    part = started(Output(config, SHAPE))
+    assert hasattr(part, "gate_bias") == (bias and gate != "none")
     y, x = randn(1, T, HEADS, VALUE_DIM), randn(1, T, HIDDEN, seed=1)
     result = part(y, x)
     for h in range(HEADS):
@@ -131,13 +148,13 @@ def test_the_output_is_normed_gated_and_scaled(norm: str, gate: str, rank: int |
             if norm != "none":
                 mean = sum(expected) / VALUE_DIM if norm == "group" else 0.0
                 expected = [value - mean for value in expected]
-                deviation = math.sqrt(sum(value**2 for value in expected) / VALUE_DIM + 1e-5)
+                deviation = math.sqrt(sum(value**2 for value in expected) / VALUE_DIM + eps)
                 expected = [
                     value / deviation * float(w) for value, w in zip(expected, part.norm_weight[h], strict=True)
                 ]
             if gate != "none":
                 z = x[0, t] if rank is None else part.gate_down @ x[0, t]
-                zs = [float(part.gate_up[h, c] @ z + part.gate_bias[h, c]) for c in range(VALUE_DIM)]
+                zs = [float(part.gate_up[h, c] @ z + (part.gate_bias[h, c] if bias else 0)) for c in range(VALUE_DIM)]
                 gates = [(z if gate == "silu" else 2.0) / (1 + math.exp(-z)) for z in zs]
                 expected = [value * g for value, g in zip(expected, gates, strict=True)]
             assert_equal(result[0, t, h], [value * float(part.scale[h]) for value in expected])
@@ -153,6 +170,25 @@ def test_a_gate_starts_at_exactly_one_and_can_learn(gate: str, rank: int | None)
     result.square().sum().backward()
     for name in ("gate_up", "gate_bias"):
         assert (getattr(part, name).grad != 0).all(), name
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "silu"])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_gate_without_bias_can_learn(gate: str, rank: int | None) -> None:
+    """A doubled sigmoid of zero is one; silu of zero would be zero, so its projection starts with unit variance."""
+    config = OutputConfig(gate=gate, gate_rank=rank, gate_bias=False)  # type: ignore[arg-type]
+    part = started(Output(config, SHAPE), moved=False).float()
+    y, x = randn(1, T, HEADS, VALUE_DIM).float(), randn(1, T, HIDDEN, seed=1).float()
+    result = part(y, x)
+    assert torch.equal(result, y) if gate == "sigmoid" else result.std() > 0.2
+    assert gate == "sigmoid" or float(part.gate_up.detach().std()) == pytest.approx((rank or HIDDEN) ** -0.5, rel=0.3)
+    result.square().sum().backward()
+    assert (part.gate_up.grad != 0).all()
+
+
+def test_settings_of_the_output_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="output.eps must be a positive number, got 0"):
+        OutputConfig(eps=0.0)
 
 
 @pytest.mark.parametrize("window", [0, 5])

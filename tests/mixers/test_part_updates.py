@@ -9,6 +9,7 @@ import pytest
 import torch
 from part_cases import HEADS, HIDDEN, KEY_DIM, KV_HEADS, SHAPE, VALUE_DIM, assert_equal, built, randn
 
+from linearize.mixers.parts.base import Calibration
 from linearize.mixers.parts.decays.base import Gate
 from linearize.registry import keys
 
@@ -22,8 +23,8 @@ def to_one(x: torch.Tensor) -> torch.Tensor:
 
 
 def gated(part: Any, x: torch.Tensor, h: int) -> float:
-    """x W + b of a gate per head."""
-    return float(sum(x[c] * part.weight[h, c] for c in range(HIDDEN)) + part.bias[h])
+    """x W + b of a gate per head; without b where there is none."""
+    return float(sum(x[c] * part.weight[h, c] for c in range(HIDDEN)) + (0 if part.bias is None else part.bias[h]))
 
 
 def strength(part: Any, x: torch.Tensor, h: int) -> float:
@@ -179,7 +180,10 @@ def ttt(part: Any, h: int, q: Tensors, k: Tensors, v: Tensors, g: Any, x: Tensor
 
 UPDATES: dict[str, tuple[list[dict[str, Any]], Callable[..., Tensors]]] = {
     "additive": ([{}], additive),
-    "delta": ([{}, {"negative": True, "beta": 1.2}], delta),
+    "delta": (
+        [{}, {"negative": True, "beta": 1.2}, {"bias": False}, {"bias": False, "negative": True, "beta": 1.0}],
+        delta,
+    ),
     "delta_product": ([{}, {"steps": 3, "negative": False}], delta_product),
     "hgrn2": ([{}], hgrn2),
     "log_linear": ([{}, {"rule": "delta"}, {"levels": 3}], log_linear),
@@ -262,3 +266,24 @@ def test_the_denominator_is_the_sum_of_all_weights(decay: str) -> None:
 
 def test_every_update_has_a_recurrence() -> None:
     assert sorted(UPDATES) == keys("mixers.parts.updates"), "write the new update's recurrence out in this file"
+
+
+@torch.no_grad()
+def test_a_write_strength_without_bias_starts_at_half_its_limit_and_stays_there_in_calibration() -> None:
+    x, measured = randn(1, T, HIDDEN), Calibration(torch.full((HEADS,), 9.0), torch.full((HEADS,), 0.25))
+    for negative, limit in ((False, 1.0), (True, 2.0)):
+        part = built("updates", "delta", moved=False, negative=negative, beta=limit / 2, bias=False)
+        assert [name for name, _ in part.named_parameters()] == ["beta.weight"]
+        assert_equal(part.beta(x), torch.full((1, T, HEADS), limit / 2).double())
+        part.calibrate(measured)
+        assert_equal(part.beta(x), torch.full((1, T, HEADS), limit / 2).double())
+    biased = built("updates", "delta", moved=False)
+    biased.calibrate(measured)
+    assert_equal(biased.beta(x), torch.full((1, T, HEADS), 0.6, dtype=torch.float64))  # 0.3 + 0.4 (1 - 0.25)
+
+
+def test_a_first_write_strength_needs_a_bias() -> None:
+    with pytest.raises(
+        ValueError, match=r"update.beta cannot start at 0.3 without a bias; set it to 0.5, or update.bias"
+    ):
+        built("updates", "delta", beta=0.3, bias=False)

@@ -67,7 +67,8 @@ def layer_batch_of(model: Any, batch: dict[str, torch.Tensor]) -> Any:
 
 def hedgehog_weights(attn: Any, x: torch.Tensor, rotary: Any, documents: torch.Tensor) -> torch.Tensor:
     """[B, H, T, T] phi(q_i).phi(k_j) over visible j, rows normalised."""
-    q, k = attn.family.rotate(attn, *attn.family.project(attn, x)[:2], rotary)
+    q, k = attn.family.normed(attn, *attn.family.project(attn, x)[:2])
+    q, k = attn.family.rotate(attn, q, k, rotary)
     q, k = attn.mixer.map_q(q), attn.mixer.map_k(k.repeat_interleave(2, dim=2))
     place = torch.arange(x.shape[1])
     visible = (place[:, None] >= place) & (documents[:, :, None] == documents[:, None, :])

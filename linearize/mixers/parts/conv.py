@@ -1,7 +1,7 @@
 """A short causal convolution on projected heads: every channel sees its last few tokens.
 
 LAWCAT (arXiv:2509.18467) convolves q and k before a gated linear attention; Gated DeltaNet (arXiv:2412.06464) q, k and
-v. Only the current token's tap is set at first, so that nothing changes.
+v. Only the current token's tap is set at first, so that nothing changes, but for an activation if there is one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from linearize.inits.base import Init, LastTap
@@ -29,6 +30,8 @@ class ConvConfig:
     """Tokens that a channel sees, its own included; 0 for no convolution."""
     inputs: Literal["qkv", "qk", "kv", "v"] = "qkv"
     """What is convolved."""
+    activation: Literal["none", "silu"] = "none"
+    """What follows the convolution; silu as Gated DeltaNet has it (arXiv:2412.06464)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.size <= 128:
@@ -52,7 +55,7 @@ class Conv(Part):
 
     def __init__(self, config: ConvConfig, shape: HeadShape):
         super().__init__()
-        self.inputs = config.inputs
+        self.inputs, self.activation = config.inputs, config.activation
         sizes = {
             "q": (shape.heads, shape.key_dim),
             "k": (shape.kv_heads, shape.key_dim),
@@ -76,4 +79,6 @@ class Conv(Part):
                 documents=ctx.documents,
                 state=None if state is None else state[x],
             )
+            if self.activation == "silu":
+                heads[x] = F.silu(heads[x])
         return heads["q"], heads["k"], heads["v"], after

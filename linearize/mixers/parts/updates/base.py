@@ -107,29 +107,31 @@ def write_scaled(v: torch.Tensor, gate: Gate) -> torch.Tensor:
 
 class HeadGate(Part):
     """One number per head and token from the layer's input: x W + bias, before whatever squashes it; W starts at
-    zero.
+    zero. None for the bias leaves it out.
     """
 
-    def __init__(self, shape: HeadShape, bias: float):
+    def __init__(self, shape: HeadShape, bias: float | None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.heads, shape.hidden_size))
-        self.bias = nn.Parameter(torch.empty(shape.heads))
+        self.bias = None if bias is None else nn.Parameter(torch.empty(shape.heads))
         self.start = bias
 
     def inits(self) -> dict[str, Init]:
-        return {"weight": Constant(0.0), "bias": Constant(self.start)}
+        bias: dict[str, Init] = {} if self.start is None else {"bias": Constant(self.start)}
+        return {"weight": Constant(0.0), **bias}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, C] -> [B, T, Hq]."""
         z = F.linear(x, self.weight.to(x.dtype))
-        return z.to(working_dtype(z)) + self.bias
+        z = z.to(working_dtype(z))
+        return z if self.bias is None else z + self.bias
 
 
 class WriteStrength(HeadGate):
-    """beta = limit * sigmoid(x W + bias) of a delta rule, per head and token."""
+    """beta = limit * sigmoid(x W + bias) of a delta rule, per head and token; without a bias `start` is limit / 2."""
 
-    def __init__(self, shape: HeadShape, start: float, limit: float = 1.0):
-        super().__init__(shape, math.log(start / (limit - start)))
+    def __init__(self, shape: HeadShape, start: float, limit: float = 1.0, bias: bool = True):
+        super().__init__(shape, math.log(start / (limit - start)) if bias else None)
         self.limit = limit
 
     @torch.no_grad()
@@ -137,6 +139,8 @@ class WriteStrength(HeadGate):
         """0.3 for heads that attend to everything up to 0.7 for those that pick one token (Taylor-Calibrate,
         arXiv:2606.16429).
         """
+        if self.bias is None:
+            return
         beta = 0.3 + 0.4 * (1 - measured.entropy.double().clamp(0, 1))
         self.bias.copy_(torch.logit(beta / self.limit))
 

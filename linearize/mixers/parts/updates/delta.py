@@ -27,9 +27,15 @@ class DeltaConfig(PartConfig):
     """First write strength, between 0 and its limit."""
     negative: bool = False
     """Whether beta may reach 2, which lets a token flip what its key held (Grazzi et al. 2024, arXiv:2411.12537)."""
+    bias: bool = True
+    """Whether beta has a bias; without one it starts at half its limit, and the calibrated init leaves it there."""
 
     def __post_init__(self) -> None:
         limit = 2 if self.negative else 1
+        if not self.bias and self.beta != limit / 2:
+            raise ValueError(
+                f"update.beta cannot start at {self.beta} without a bias; set it to {limit / 2}, or update.bias to true"
+            )
         if not 0 < self.beta < limit:
             raise ValueError(f"update.beta must lie between 0 and {limit}, got {self.beta}")
 
@@ -42,7 +48,7 @@ class Delta(Update):
 
     def __init__(self, config: DeltaConfig, shape: HeadShape):
         super().__init__(config, shape)
-        self.beta = WriteStrength(shape, config.beta, 2.0 if config.negative else 1.0)
+        self.beta = WriteStrength(shape, config.beta, 2.0 if config.negative else 1.0, config.bias)
 
     def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         return Operands(delta_rule, unit(q), unit(k), write_scaled(v, gate), (gate.log_decay, self.beta(x)))
