@@ -131,6 +131,27 @@ def test_a_saved_model_reloads_bit_equal(key: str, layers: str, tmp_path: Path) 
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@every_family
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(key: str) -> None:
+    """In mixers, in kept layers and on the teacher's path, with positions `[B, T]` as packed data has them."""
+    model = converted(key, layers="LSL")
+    rows = [[10, 1, 12], [17, 6]]
+    positions = torch.tensor([[i for n in row for i in range(n)] for row in rows])
+
+    def check() -> None:
+        together = model(ids, position_ids=positions, use_cache=False).logits
+        for row, lengths in enumerate(rows):
+            alone = [model(piece[None], use_cache=False).logits[0] for piece in ids[row].split(lengths)]
+            torch.testing.assert_close(together[row], torch.cat(alone), atol=1e-5, rtol=1e-5)
+        shared = model(ids, position_ids=positions[1:], use_cache=False).logits[1]  # one row of positions serves all
+        torch.testing.assert_close(shared, together[1], atol=1e-5, rtol=1e-5)
+
+    check()
+    with teacher_path(model):
+        check()
+
+
 def test_attention_sees_only_its_reach() -> None:
     """The reach that a family reports is that of the mask Hugging Face makes: see the first test, which has windows."""
     reaches = {

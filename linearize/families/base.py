@@ -63,6 +63,13 @@ class Family:
         return {name: model.get_submodule(name) for name in names}
 
     @classmethod
+    def packed_positions(cls, positions: torch.Tensor) -> torch.Tensor:
+        """The positions [B or 1, T] of packed text, which restart with every document, as the base model must get them
+        to keep the documents apart in its own masks.
+        """
+        return positions
+
+    @classmethod
     def shape(cls, config: Any, layer: int) -> HeadShape:
         """Sizes of one layer's attention."""
         text = config.get_text_config()
