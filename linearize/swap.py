@@ -129,9 +129,10 @@ def swap_layers(
         attn.mixer = build_mixer(mixer_class, config, family.shape(model.config, layer))
         attn.__class__ = _extended(SwappedAttention, "Linearized", family)
     if any(spec is not None for spec in specs):
-        base = family.base_model(model)
-        attach = partial(_attach_batch, names=positional(type(base).forward), family=family)
-        base.register_forward_pre_hook(attach, with_kwargs=True)
+        modules = [family.base_model(model)] + ([] if family.outer is None else [model.get_submodule(family.outer)])
+        for module in modules:
+            attach = partial(_attach_batch, names=positional(type(module).forward), family=family)
+            module.register_forward_pre_hook(attach, with_kwargs=True)
 
 
 _EXTENDED: dict[tuple[type, type], type] = {}
@@ -153,6 +154,8 @@ def _attach_batch(
     the layers that keep softmax and for the teacher's. `names` are those of its arguments, in order.
     """
     given = by_name(names, args, kwargs)
+    if "linearize_batch" in given:  # from the module around this one
+        return args, kwargs
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     past = given.get("past_key_values")
     has_past = past is not None and past.get_seq_length() > 0

@@ -194,6 +194,8 @@ def images(key: str) -> dict[str, torch.Tensor]:
     side = 16 if key == "mistral3" else 8  # which merges 2 x 2 patches
     ids = torch.cat([torch.tensor([[5, *[96] * 4]]), text], dim=1)
     sizes = {"image_sizes": torch.tensor([[side, side]])} if key == "mistral3" else {}
+    if key == "gemma3":
+        sizes = {"token_type_ids": (ids == 96).long()}
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=generator), **sizes}
 
 
@@ -214,6 +216,13 @@ def test_images_reach_the_mixers_and_the_vision_tower_stays(key: str, layers: st
     mask = torch.ones_like(inputs["input_ids"])
     cached = model.generate(**inputs, attention_mask=mask, **options)
     assert torch.equal(cached, model.generate(**inputs, attention_mask=mask, use_cache=False, **options))
+
+
+def test_plans_say_that_mixers_read_images_causally_where_softmax_does_not() -> None:
+    family = find_family("gemma3").of(pico_config("gemma3"), registry.find_class)
+    assert any("reads images causally" in c for c in family.concerns(pico_config("gemma3"), [0]))
+    assert any("last 12 tokens" in c for c in family.concerns(pico_config("gemma3"), [0]))  # the text family's as well
+    assert not family.concerns(pico_config("gemma3"), [])
 
 
 def test_a_conversion_of_a_vision_language_model_keeps_its_processor(

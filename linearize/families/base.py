@@ -39,6 +39,9 @@ class Family:
     base: ClassVar[str] = "model"
     """Path, inside the model, of the module whose forward receives the 2-D attention mask and the position ids; "" for
     the model itself."""
+    outer: ClassVar[str | None] = None
+    """Path of a module around the one at `base` that makes the masks for it, and alone receives the 2-D one; None where
+    the module at `base` does."""
     attention: ClassVar[str] = "layers.{}.self_attn"
     """Path, inside that module, of layer {}'s attention."""
     lora_targets: ClassVar[dict[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -191,8 +194,8 @@ class VisionLanguage(Family):
         """This class in front of the family that the text config's `model_type` names."""
         text: Any = find("families", config.get_text_config().model_type)
         if (cls, text) not in _TOWERS:
-            facts = {name: getattr(cls, name) for name in ("model_class", "config_class", "auto_class", "base")}
-            _TOWERS[cls, text] = type(f"{cls.__name__}Of{text.__name__}", (text,), facts)
+            itself = classmethod(lambda tower, config, find: tower)
+            _TOWERS[cls, text] = type(f"{cls.__name__}Of{text.__name__}", (cls, text), {"of": itself})
         return _TOWERS[cls, text]
 
 
