@@ -51,7 +51,8 @@ def read_batch(
     """Turn Hugging Face's mask and position ids into a `Batch`.
 
     Args:
-        attention_mask: [B, past + T], 1 for real tokens; a 4-D or absent mask says nothing about padding.
+        attention_mask: [B, past + T], 1 for real tokens; an absent mask, a 4-D one or several by kind of layer say
+            nothing about padding.
         position_ids: [B or 1, T], or [4, B, T] of which the first are the text's (Qwen2.5-VL); where they do not rise
             by one, a packed document begins (only read without a mask and without a past, as Hugging Face's own masks
             do).
@@ -60,7 +61,7 @@ def read_batch(
         has_past: whether a cache already holds tokens.
     """
     if attention_mask is not None:
-        if attention_mask.ndim != 2:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             return NO_BATCH
         return _padded(attention_mask[:, -tokens:].bool())
     if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:

@@ -132,9 +132,10 @@ def swap_layers(
         attn.mixer = build_mixer(mixer_class, config, family.shape(model.config, layer))
         attn.__class__ = _extended(SwappedAttention, "Linearized", family)
     if any(spec is not None for spec in specs):
-        base = family.base_model(model)
-        attach = partial(_attach_batch, names=positional(type(base).forward), packs=family.causal)
-        base.register_forward_pre_hook(attach, with_kwargs=True)
+        modules = [family.base_model(model)] + ([] if family.outer is None else [model.get_submodule(family.outer)])
+        for module in modules:
+            attach = partial(_attach_batch, names=positional(type(module).forward), family=family)
+            module.register_forward_pre_hook(attach, with_kwargs=True)
 
 
 _EXTENDED: dict[tuple[type, type], type] = {}
@@ -150,18 +151,23 @@ def _extended(front: type, prefix: str, family: type[Family]) -> type:
 
 
 def _attach_batch(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], *, names: tuple[str, ...], packs: bool
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], *, names: tuple[str, ...], family: type[Family]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Give the base model's layers the batch. `names` are those of its arguments, in order; `packs` says whether the
-    architecture tells packed documents apart.
+    """Give the base model's layers the batch, and where documents are packed the positions in the family's form, for
+    the layers that keep softmax and for the teacher's. `names` are those of its arguments, in order.
     """
     given = by_name(names, args, kwargs)
+    if "linearize_batch" in given:  # from the module around this one
+        return args, kwargs
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     past = given.get("past_key_values")
     has_past = past is not None and past.get_seq_length() > 0
     rows, tokens = inputs.shape[:2]  # type: ignore[union-attr]
-    positions = given.get("position_ids") if packs else None
+    positions = given.get("position_ids") if family.causal else None
     batch = read_batch(given.get("attention_mask"), positions, rows, tokens, has_past)
+    if batch.documents is not None and positions is not None and positions.ndim == 2:
+        # As keyword arguments only, so that the changed positions need no place among the others.
+        return (), {**given, "position_ids": family.packed_positions(positions), "linearize_batch": batch}
     return args, {**kwargs, "linearize_batch": batch}
 
 

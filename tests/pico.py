@@ -34,12 +34,22 @@ _SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_att
 _UNGROUPED = {"num_key_value_heads": None, "head_dim": None}
 _CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 _CLIP |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16}
+_SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_SIGLIP |= {"image_size": 8, "patch_size": 4}
 _PIXTRAL = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 _PIXTRAL |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4, "head_dim": 8}
 _QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 _QWEN_VISION |= {"patch_size": 4, "window_size": 8, "fullatt_block_indexes": [0]}
 MORE: dict[str, dict[str, Any]] = {
     "gemma2": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "gemma3": {
+        "text_config": {**_SLIDING, "query_pre_attn_scalar": 16},
+        "vision_config": _SIGLIP,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 96,
+        "boi_token_index": 95,
+        "eoi_token_index": 94,
+    },
     "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 16},
     "gpt2": _UNGROUPED,
     "gpt_neox": _UNGROUPED,
@@ -92,11 +102,13 @@ def pico_config(key: str, **overrides: Any) -> Any:
 
 
 def pico_model(key: str, seed: int = 0, **overrides: Any) -> Any:
-    """A randomly initialised model of the family `key`, float32, eval mode; norms and biases are random as well."""
+    """A randomly initialised model of the family `key`, float32, eval mode; what begins as zeros, norms and biases are
+    random as well.
+    """
     torch.manual_seed(seed)
     model = find_family(key).model_class(pico_config(key, **overrides)).eval()
     noise = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 or not parameter.any():
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=noise)
     return model

@@ -20,6 +20,7 @@ from linearize.evals.agreement import agreement
 from linearize.hf.auto import linearized
 from linearize.hf.export import export
 from linearize.mixers.base import build_mixer
+from linearize.ops.layout import expand_heads
 from linearize.ops.linear import bidirectional_linear_attention
 from linearize.pipeline import convert
 from linearize.plan import make_plan
@@ -41,6 +42,16 @@ def encoder(family: str = "bert", mixer: str = "hedgehog", layers: str = "LLL") 
         for parameter in attn.mixer.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=noise)
     return model
+
+
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("T", [1, 13, 17, 50, 70])
+def test_grouped_heads_equal_expanded_heads_bit_for_bit(T: int, kv_heads: int, B: int) -> None:
+    q, k, v = torch.rand(B, T, 4, 31), torch.rand(B, T, kv_heads, 31), torch.randn(B, T, kv_heads, 25)
+    expanded = bidirectional_linear_attention(q, expand_heads(k, 4), expand_heads(v, 4))
+    grouped = bidirectional_linear_attention(q, k, v)
+    assert all(torch.equal(x, y) for x, y in zip(grouped, expanded, strict=True))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

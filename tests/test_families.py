@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico import KEYS, PRESETS, find_family, pico_config, pico_model
+from pico import KEYS, PRESETS, cases, find_family, pico_config, pico_model
 from trainable import make_recipe, write_source
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, LlavaProcessor
 
@@ -164,6 +164,45 @@ def test_a_saved_model_reloads_bit_equal(key: str, layers: str, tmp_path: Path) 
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@every_family
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(key: str) -> None:
+    """In mixers, in kept layers and on the teacher's path, with positions `[B, T]` as packed data has them."""
+    model = converted(key, layers="LSL")
+    rows = [[10, 1, 12], [17, 6]]
+    positions = torch.tensor([[i for n in row for i in range(n)] for row in rows])
+
+    def check() -> None:
+        together = model(ids, position_ids=positions, use_cache=False).logits
+        for row, lengths in enumerate(rows):
+            alone = [model(piece[None], use_cache=False).logits[0] for piece in ids[row].split(lengths)]
+            torch.testing.assert_close(together[row], torch.cat(alone), atol=1e-5, rtol=1e-5)
+        shared = model(ids, position_ids=positions[1:], use_cache=False).logits[1]  # one row of positions serves all
+        torch.testing.assert_close(shared, together[1], atol=1e-5, rtol=1e-5)
+
+    check()
+    with teacher_path(model):
+        check()
+
+
+@pytest.mark.parametrize(("key", "mixer", "layers"), cases(("LLL", "LSL")))
+@torch.no_grad()
+def test_a_row_does_not_depend_on_how_its_neighbours_are_padded(key: str, mixer: str, layers: str) -> None:
+    """Bit for bit, also the source; but experts take the tokens of all rows at once, so that their products have shapes
+    that depend on every row: there within 1e-5.
+    """
+    for model in (pico_model(key), converted(key, mixer, layers)):
+        experts = any(name.endswith("experts") for name, _ in model.named_modules())
+        for B, T in ((2, 13), (3, 50)):
+            prompt = torch.randint(2, 90, (B, T), generator=torch.Generator().manual_seed(T))
+            whole = model(prompt, attention_mask=torch.ones_like(prompt)).logits[0]
+            for padding in (slice(0, 1), slice(0, T // 2), slice(0, T - 1), slice(T // 2, None), slice(1, None)):
+                mask = torch.ones_like(prompt)
+                mask[1:, padding] = 0
+                row = model(prompt, attention_mask=mask).logits[0]
+                assert torch.equal(row, whole) or (experts and (row - whole).abs().max() <= 1e-5 * whole.abs().max())
+
+
 def test_attention_sees_only_its_reach() -> None:
     """The reach that a family reports is that of the mask Hugging Face makes: see the first test, which has windows."""
     reaches = {
@@ -188,6 +227,8 @@ def images(key: str) -> dict[str, torch.Tensor]:
     side = 16 if key == "mistral3" else 8  # which merges 2 x 2 patches
     ids = torch.cat([torch.tensor([[5, *[96] * 4]]), text], dim=1)
     sizes = {"image_sizes": torch.tensor([[side, side]])} if key == "mistral3" else {}
+    if key == "gemma3":
+        sizes = {"token_type_ids": (ids == 96).long()}
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=generator), **sizes}
 
 
@@ -208,6 +249,13 @@ def test_images_reach_the_mixers_and_the_vision_tower_stays(key: str, layers: st
     mask = torch.ones_like(inputs["input_ids"])
     cached = model.generate(**inputs, attention_mask=mask, **options)
     assert torch.equal(cached, model.generate(**inputs, attention_mask=mask, use_cache=False, **options))
+
+
+def test_plans_say_that_mixers_read_images_causally_where_softmax_does_not() -> None:
+    family = find_family("gemma3").of(pico_config("gemma3"), registry.find_class)
+    assert any("reads images causally" in c for c in family.concerns(pico_config("gemma3"), [0]))
+    assert any("last 12 tokens" in c for c in family.concerns(pico_config("gemma3"), [0]))  # the text family's as well
+    assert not family.concerns(pico_config("gemma3"), [])
 
 
 def test_a_conversion_of_a_vision_language_model_keeps_its_processor(

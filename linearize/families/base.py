@@ -39,6 +39,9 @@ class Family:
     base: ClassVar[str] = "model"
     """Path, inside the model, of the module whose forward receives the 2-D attention mask and the position ids; "" for
     the model itself."""
+    outer: ClassVar[str | None] = None
+    """Path of a module around the one at `base` that makes the masks for it, and alone receives the 2-D one; None where
+    the module at `base` does."""
     attention: ClassVar[str] = "layers.{}.self_attn"
     """Path, inside that module, of layer {}'s attention."""
     lora_targets: ClassVar[dict[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -68,6 +71,13 @@ class Family:
         depth = model.config.get_text_config().num_hidden_layers
         names = [prefix + cls.attention.format(i) for i in range(depth)]
         return {name: model.get_submodule(name) for name in names}
+
+    @classmethod
+    def packed_positions(cls, positions: torch.Tensor) -> torch.Tensor:
+        """The positions [B or 1, T] of packed text, which restart with every document, as the base model must get them
+        to keep the documents apart in its own masks.
+        """
+        return positions
 
     @classmethod
     def shape(cls, config: Any, layer: int) -> HeadShape:
@@ -195,8 +205,8 @@ class VisionLanguage(Family):
         """This class in front of the family that the text config's `model_type` names."""
         text: Any = find("families", config.get_text_config().model_type)
         if (cls, text) not in _TOWERS:
-            facts = {name: getattr(cls, name) for name in ("model_class", "config_class", "auto_class", "base")}
-            _TOWERS[cls, text] = type(f"{cls.__name__}Of{text.__name__}", (text,), facts)
+            itself = classmethod(lambda tower, config, find: tower)
+            _TOWERS[cls, text] = type(f"{cls.__name__}Of{text.__name__}", (cls, text), {"of": itself})
         return _TOWERS[cls, text]
 
 

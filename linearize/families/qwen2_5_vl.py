@@ -4,6 +4,7 @@ them. The vision tower is not touched.
 
 from __future__ import annotations
 
+import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, apply_rotary_pos_emb
 
@@ -19,3 +20,8 @@ class Qwen25VL(Family):
     rotary = staticmethod(apply_rotary_pos_emb)
     auto_class = "AutoModelForImageTextToText"
     base = "model.language_model"
+
+    @classmethod
+    def packed_positions(cls, positions: torch.Tensor) -> torch.Tensor:
+        """[4, B or 1, T]: the text's own, which masks are made of, before those of time, height and width."""
+        return positions.expand(4, *positions.shape)

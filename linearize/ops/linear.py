@@ -135,7 +135,6 @@ def bidirectional_linear_attention(
     with torch.autocast(q.device.type, enabled=False):
         dtype, heads = working_dtype(q, k, v), q.shape[2]
         q, k, v = q.to(dtype), zero_padding(k, mask).to(dtype), zero_padding(v, mask).to(dtype)
-        k, v = (expand_heads(x, max(k.shape[2], v.shape[2])) for x in (k, v))
-        S = expand_heads(torch.einsum("bthf,bthv->bhfv", k, v).transpose(1, 2), heads)  # [B, F, Hq, V]
-        z = expand_heads(k.sum(1, keepdim=True), heads)
-        return torch.einsum("bthf,bfhv->bthv", q, S), (q * z).sum(-1)
+        k, v = expand_heads(k, heads), expand_heads(v, heads)  # before any product, so that bits are those of one form
+        S = torch.einsum("bthf,bthv->bhfv", k, v)
+        return torch.einsum("bthf,bhfv->bthv", q, S), (q * k.sum(1, keepdim=True)).sum(-1)

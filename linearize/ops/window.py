@@ -102,6 +102,21 @@ def _visible(
     return ((age >= 0) & (age < window) & seen) | (age == 0)
 
 
+def _operands(x: torch.Tensor, heads: int, dim: int = 2) -> list[torch.Tensor]:
+    """x with kv heads at dim, copied for the products with the query heads: one product of all of them, or on the CPU
+    one each.
+
+    Either way a product's operands are the same, in shape and in memory, whether the kv heads came grouped or expanded,
+    so its bits are too; those of one product of all kv heads depend on how many there are and where each begins. On
+    the CPU single products share their copies and fit its caches; on a GPU they would only be many launches.
+    """
+    if x.device.type != "cpu":
+        return [expand_heads(x.transpose(2, dim), heads).transpose(2, dim).clone(memory_format=torch.contiguous_format)]
+    # Not `contiguous`, which leaves a single token's or block's head where it is, between those of other heads.
+    copies = [head.clone(memory_format=torch.contiguous_format) for head in x.split(1, dim)]
+    return [copies[head * len(copies) // heads] for head in range(heads)]
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -242,14 +257,17 @@ def window_attention(
             if documents is not None:
                 start, position = positions(documents)
             sink = _sink_columns(k, v, after, window=window, block=block, position=position, start=start, mask=mask)
-        k_band = _bands(k, state["k"][:, 1:].to(dtype), block).transpose(-1, -2).contiguous().mT
-        v_band = _bands(v, state["v"][:, 1:].to(dtype), block).transpose(-1, -2).contiguous()
-        # One query head of each group at a time: k and v are never copied per query head, and every product
-        # has the shape it has with expanded heads. Both give the same bits, where torch's batched product does not
-        # depend on how many products there are.
-        groups = _blocks(q, block).transpose(2, 3).unflatten(2, (kv_heads, heads // kv_heads)).unbind(3)
-        results = (attend(q_group, k_band, v_band, visible, sink, softcap=softcap) for q_group in groups)
-        parts = zip(*results, strict=True)
-        out, lse, top = (torch.stack(part, dim=3).flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :T] for part in parts)
+        k_bands = _operands(_bands(k, state["k"][:, 1:].to(dtype), block).mT, heads)
+        v_bands = _operands(_bands(v, state["v"][:, 1:].to(dtype), block).mT, heads)
+        queries = _blocks(q, block).transpose(2, 3).split(heads // len(k_bands), dim=2)
+        own: list[Any] = [None] * len(k_bands)
+        if sink is not None:
+            own = [(*x, sink[2]) for x in zip(*(_operands(x, heads, dim=x.dim() - 2) for x in sink[:2]), strict=True)]
+        results = [
+            attend(query, k_band.mT, v_band, visible, columns, softcap=softcap)
+            for query, k_band, v_band, columns in zip(queries, k_bands, v_bands, own, strict=True)
+        ]
+        parts = (torch.cat(part, dim=2) for part in zip(*results, strict=True))
+        out, lse, top = (part.transpose(2, 3).flatten(1, 2)[:, :T] for part in parts)
         out = out.to(out_dtype)
         return (out, lse, top, after) if return_max else (out, lse, after)

@@ -59,7 +59,26 @@ def test_a_row_does_not_depend_on_its_batch(case: Case, T: int):
         after, _ = run(mixer, [x[row : row + 1] for x in inputs(5, 1, seed=3)], alone_state, start=T)
         results, truths = [together[row], following[row]], [alone[0], after[0]]
         # Not bit for bit: matrix products and vectorised functions are laid out differently for one row.
-        assert_close(results, truths, case.tolerance)
+        assert_close(results, truths, 1e-5)
+
+
+@every_case
+@pytest.mark.parametrize(("B", "T"), [(2, 13), (3, 70), (5, 100)])
+@torch.no_grad()
+def test_a_row_has_the_same_bits_however_long_its_neighbours_are(case: Case, B: int, T: int):
+    """In the prefill, in pieces after it and in steps, for rows of a batch of one shape; found for every mixer."""
+    mixer, given, more = case.mixer(), inputs(B, T), inputs(B, 4, seed=3)
+    found = []
+    for length in (T, 1, T // 2, T - 1):
+        lengths = [T] + [length] * (B - 1)
+        y, state = run(mixer, given, mask=right_padding(lengths, T))
+        outputs = [y[0]]
+        for piece in (slice(0, 3), slice(3, 4)):
+            positions = torch.tensor(lengths)[:, None] + torch.arange(4)[piece]
+            y, state = run(mixer, [x[:, piece] for x in more], state, positions=positions)
+            outputs.append(y[0])
+        found.append(torch.cat(outputs))
+    assert all(torch.equal(x, found[0]) for x in found[1:])
 
 
 @every_case
@@ -160,7 +179,7 @@ def loss_gradients(y: torch.Tensor, state: State, wanted: Tensors) -> Tensors:
 
 
 @every_case
-@pytest.mark.parametrize("T", [1, 100])
+@pytest.mark.parametrize("T", [1, 13, 17, 50, 100])
 @torch.no_grad()
 def test_grouped_heads_equal_expanded_heads_bit_for_bit(case: Case, T: int):
     grouped, expanded = case.mixer(), case.mixer(kv_heads=HEADS)

@@ -83,8 +83,12 @@ def test_pieces_and_steps_equal_one_call(block: int, back: int, bank: int):
 
 
 @sizes
-def test_grouped_heads_equal_expanded_heads_bit_for_bit(block: int, back: int, bank: int):
-    q, k, v, phi_q = inputs(2, 61)
+@pytest.mark.parametrize("T", [1, 13, 17, 50, 61])
+@pytest.mark.parametrize(("B", "kv_heads"), [(1, 1), (2, 2)])
+def test_grouped_heads_equal_expanded_heads_bit_for_bit(
+    B: int, kv_heads: int, T: int, block: int, back: int, bank: int
+):
+    q, k, v, phi_q = inputs(B, T, kv_heads=kv_heads)
     grouped, _ = attend([q, k, v, phi_q], block, back, bank)
     expanded, _ = attend([q, expand_heads(k, 4), expand_heads(v, 4), phi_q], block, back, bank)
     assert all(torch.equal(x, y) for x, y in zip(grouped, expanded, strict=True))

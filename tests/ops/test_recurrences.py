@@ -194,9 +194,10 @@ def test_autocast_does_not_lower_the_precision(case: Case):
 
 
 @every_case
-@pytest.mark.parametrize("T", [1, 70])
-def test_grouped_heads_equal_expanded_heads_bit_for_bit(case: Case, T: int):
-    q, *rest = case.inputs(2, T, groups=3)
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("T", [1, 13, 17, 50, 70])
+def test_grouped_heads_equal_expanded_heads_bit_for_bit(case: Case, T: int, B: int):
+    q, *rest = case.inputs(B, T, groups=3)
     expanded = [expand_heads(x, q.shape[2]) for x in rest]
     assert torch.equal(expanded[0][:, :, 4], rest[0][:, :, 1])
     outputs, state = case.run([q, *rest])
