@@ -111,7 +111,8 @@ def _operands(x: torch.Tensor, heads: int, dim: int = 2) -> list[torch.Tensor]:
     the CPU single products share their copies and fit its caches; on a GPU they would only be many launches.
     """
     if x.device.type != "cpu":
-        return [expand_heads(x.transpose(2, dim), heads).transpose(2, dim).clone(memory_format=torch.contiguous_format)]
+        groups = heads // x.shape[dim]
+        return [x.clone(memory_format=torch.contiguous_format) if groups == 1 else x.repeat_interleave(groups, dim)]
     # Not `contiguous`, which leaves a single token's or block's head where it is, between those of other heads.
     copies = [head.clone(memory_format=torch.contiguous_format) for head in x.split(1, dim)]
     return [copies[head * len(copies) // heads] for head in range(heads)]
