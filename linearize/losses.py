@@ -65,8 +65,8 @@ def divergence(
     """
     log_s, log_t = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
     if top_k is not None and top_k < log_t.shape[-1]:
-        log_t, best = log_t.topk(top_k, dim=-1)
-        log_t, log_s = with_rest(log_t), with_rest(log_s.gather(-1, best))
+        best = log_t.topk(top_k, dim=-1).indices
+        log_t, log_s = coarse(log_t, best), coarse(log_s, best)
     if kind == "forward":
         summed = _kl(log_t, log_s)
     elif kind == "reverse":
@@ -77,10 +77,18 @@ def divergence(
     return summed * temperature**2
 
 
-def with_rest(log_p: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [N, k] of some outcomes, and one more for all others: [N, k + 1]."""
-    rest = 1 - log_p.exp().sum(-1, keepdim=True)
-    return torch.cat([log_p, rest.clamp_min(1e-9).log()], dim=-1)
+def coarse(log_p: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of chosen outcomes, and one more for all others.
+
+    Args:
+        log_p: [N, vocabulary].
+        outcomes: [N, k] indices, different in each row; fewer than there are.
+
+    Returns:
+        [N, k + 1].
+    """
+    others = log_p.scatter(-1, outcomes, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p.gather(-1, outcomes), others], dim=-1)
 
 
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

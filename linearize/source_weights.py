@@ -55,4 +55,5 @@ class SourceWeights:
             return
         for p, other in self._other.items():
             p.data, self._other[p] = other, p.data
+        torch.clear_autocast_cache()  # it holds casts of what the parameters were before
         self.active = active

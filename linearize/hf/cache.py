@@ -26,7 +26,7 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     ordinary one (so that `get_seq_length` works when every layer is linear).
     """
 
-    is_compileable = True
+    is_compileable = False  # a state is a new tensor after every step, which a recorded CUDA graph would overwrite
     is_croppable = False
     supports_early_init = False
 
