@@ -67,6 +67,15 @@ def test_the_teachers_heads_are_what_projection_rotation_scale_and_reach_give(ke
 
 
 @every_family
+@torch.no_grad()
+def test_logits_are_made_of_hidden_states_as_the_model_makes_them(key: str) -> None:
+    model = converted(key, layers="LSL")
+    family = next(iter(swapped(model).values())).family
+    hidden = family.base_model(model)(input_ids=ids, use_cache=False).last_hidden_state
+    assert torch.equal(family.logits(model, hidden), model(input_ids=ids, use_cache=False).logits)
+
+
+@every_family
 def test_shapes_are_those_of_the_projections(key: str) -> None:
     model = converted(key)
     for layer, attn in enumerate(swapped(model).values()):

@@ -69,7 +69,7 @@ class AttentionTransfer(Stage):
     config: AttentionTransferConfig
 
     def check(self, model: Any) -> None:
-        self.prepare(model)
+        self.check_patterns(self.prepare(model))
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         mixers = {type(attn.mixer).__name__: next(attn.mixer.parameters(), None) for attn in swapped(model).values()}

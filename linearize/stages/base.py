@@ -51,6 +51,17 @@ class Stage:
     def check(self, model: Any) -> None:
         """Raise the errors that `prepare` would, and change nothing; `model` may lie on the meta device."""
 
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise a UserError for a pattern of `lrs` or `unfreeze` that matches none of the trained parameters' names."""
+        names = list(names)
+        for key in ("lrs", "unfreeze"):
+            for pattern in getattr(self.config, key):
+                if not fnmatch.filter(names, pattern):
+                    raise UserError(
+                        f"stage {self.config.type}: {key} pattern {pattern!r} matches nothing that trains; what trains "
+                        f"looks like {', '.join(names[:3])}"
+                    )
+
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         """Ready the model for this stage (hooks, adapters) and return the parameters to train, by full name."""
         raise NotImplementedError
@@ -90,6 +101,14 @@ class Stage:
         rates = [lr for pattern, lr in self.config.lrs.items() if fnmatch.fnmatchcase(name, pattern)]
         return rates[-1] / self.config.lr if rates else 1.0
 
+    def at(self, model: Any, parameters: dict[str, nn.Parameter], done: float) -> None:
+        """Ready the next step, when the share `done` of all steps was taken: freeze what is not to train yet."""
+        if not self.config.unfreeze:
+            return
+        for name, p in parameters.items():
+            starts = [share for pattern, share in self.config.unfreeze.items() if fnmatch.fnmatchcase(name, pattern)]
+            p.requires_grad_(not starts or done >= starts[-1])
+
     def begin(self, model: Any) -> tuple[dict[str, torch.dtype], dict[str, nn.Parameter]]:
         """Freeze the model but for what this stage trains, which is put into float32.
 
@@ -99,12 +118,6 @@ class Stage:
         for p in model.parameters():
             p.requires_grad_(False)
         parameters = self.prepare(model)
-        for pattern in self.config.lrs:
-            if not fnmatch.filter(parameters, pattern):
-                raise UserError(
-                    f"stage {self.config.type}: lrs pattern {pattern!r} matches nothing that trains; what trains looks "
-                    f"like {', '.join(list(parameters)[:3])}"
-                )
         self.remember(model, parameters)
         dtypes = {name: p.dtype for name, p in parameters.items()}
         for p in parameters.values():
@@ -148,6 +161,7 @@ class Stage:
                 backward=lambda batch, weight: self.backward(model, batch, weight),
                 count=self.count,
                 lr_scale=self.lr_scale,
+                at=lambda done: self.at(model, parameters, done),
                 resume=resume,
             )
         if self.config.gradient_checkpointing:

@@ -66,12 +66,14 @@ def save_checkpoint(
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     state: dict,
+    average: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the checkpoint after `step` optimiser steps and remove all but the last two."""
     tensors = {f"parameter/{name}": p for name, p in parameters.items()}
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value
+    tensors |= {f"average/{name}": value for name, value in (average or {}).items()}
     write_tensors(checkpoint_path(folder, step), tensors, {**state, "step": step})
     for old in sorted(folder.glob("step-*.safetensors"))[:-_KEEP]:
         old.unlink()
@@ -84,9 +86,14 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def load_checkpoint(
-    folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    folder: Path,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    average: Mapping[str, torch.Tensor] | None = None,
 ) -> dict | None:
-    """Put the newest checkpoint's values into the parameters and the optimiser; returns its state, None without one.
+    """Put the newest checkpoint's values into the parameters, the optimiser and the average, if there is one.
+
+    Returns its state, None without a checkpoint.
 
     Raises:
         UserError: when the newest checkpoint is damaged or belongs to other parameters.
@@ -104,6 +111,8 @@ def load_checkpoint(
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"parameter/{name}"])
+        for name, value in (average or {}).items():
+            value.copy_(tensors[f"average/{name}"])
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             _, slot, name = key.split("/", 2)

@@ -41,6 +41,17 @@ class TrainingConfig(Strict):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays.")
     clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null clips nothing.")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay per step of a moving average of the trained weights, which is then the stage's result.",
+    )
+    unfreeze: dict[str, float] = Field(
+        {},
+        description="Share of the steps after which parameters begin to train, by shell-style pattern of names; the "
+        "last that matches counts, all others train from the start.",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="Compute precision; auto is bf16 autocast on GPUs and fp32 on CPUs. Weights train in fp32.",
@@ -55,6 +66,15 @@ class TrainingConfig(Strict):
     def _rates_are_positive(cls, value: dict[str, float]) -> dict[str, float]:
         if wrong := [f"{pattern}: {lr}" for pattern, lr in value.items() if lr <= 0]:
             raise ValueError(f"rates must be greater than 0, got {wrong[0]}; leave what is not to change out of train")
+        return value
+
+    @field_validator("unfreeze")
+    @classmethod
+    def _shares_are_below_one(cls, value: dict[str, float]) -> dict[str, float]:
+        if wrong := [f"{pattern}: {share}" for pattern, share in value.items() if not 0 <= share < 1]:
+            raise ValueError(
+                f"shares must lie from 0 to less than 1, got {wrong[0]}; what never trains is no part of train"
+            )
         return value
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from linearize.data import PackedDataset, batches
 from linearize.errors import UserError, disk_full
 from linearize.training.checkpoint import load_checkpoint, save_checkpoint
 from linearize.training.config import TrainingConfig
-from linearize.training.optim import Plateau, adamw, decay
+from linearize.training.optim import Average, Plateau, adamw, decay
 from linearize.training.processes import processes, summed
 
 Batch = dict[str, torch.Tensor]
@@ -43,6 +43,7 @@ def train(
     backward: Callable[[Batch, float], Metrics],
     count: Callable[[Batch], int],
     lr_scale: Callable[[str], float] = lambda name: 1.0,
+    at: Callable[[float], None] = lambda done: None,
     resume: bool = False,
 ) -> float:
     """Train `parameters` in place.
@@ -56,6 +57,7 @@ def train(
             summed metrics; "loss" among them.
         count: how many items a micro-batch's summed loss has (tokens, mostly); gradients are means over the step.
         lr_scale: factor on the learning rate by parameter name.
+        at: called before each step with the share of the steps that are done.
         resume: start from the newest checkpoint in `folder` if there is one.
 
     Returns:
@@ -71,7 +73,9 @@ def train(
     per_step, steps = config.batch_size * data.seq_len, config.steps(data.seq_len)
     optimizer = adamw(_groups(parameters, lr_scale), config)
     start, seconds, plateau = 0, 0.0, Plateau(config.plateau_patience)
-    if resume and (state := load_checkpoint(folder, parameters, optimizer)):
+    average = Average(config.ema, parameters) if config.ema is not None else None
+    averages = average.values if average else None
+    if resume and (state := load_checkpoint(folder, parameters, optimizer, averages)):
         start, seconds, plateau = state["step"], state["seconds"], Plateau(**state["plateau"])
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     feed = batches(data, micro, config.seed, start * accumulate, rank, world)
@@ -86,6 +90,7 @@ def train(
         for step in range(start, steps):
             began = time.perf_counter()
             torch.manual_seed(stream_seed(config.seed, step, rank))
+            at(step / steps)
             micros = [{k: v.to(device, non_blocking=True) for k, v in next(feed).items()} for _ in range(accumulate)]
             values = _gradients(config, parameters, micros, backward, count)
             values["grad_norm"] = float(clip_grad_norm_(parameters.values(), config.clip or math.inf))
@@ -96,6 +101,8 @@ def train(
                 group["lr"] = values["lr"] * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if average:
+                average.update(step, parameters)
             if config.schedule == "plateau":
                 plateau.update(values["loss"])
             took = time.perf_counter() - began
@@ -109,7 +116,9 @@ def train(
                     log.write(step, values)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < steps and accelerator.is_main_process:
                 state = {"plateau": asdict(plateau), "seconds": seconds}
-                save_checkpoint(folder, step + 1, parameters, optimizer, state)
+                save_checkpoint(folder, step + 1, parameters, optimizer, state, averages)
+    if average:
+        average.copy_to(parameters)
     for tracker in accelerator.trackers:  # not end_training(), which would also end the process group of later stages
         tracker.finish()
     return seconds

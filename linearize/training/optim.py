@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,29 @@ def decay(config: TrainingConfig, step: int, steps: int) -> float:
     done = (step - warmup) / max(1, steps - warmup)
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+class Average:
+    """Exponential moving average of parameters (Tarvainen & Valpola 2017, arXiv:1703.01780): m = d m + (1 - d) p.
+
+    d is `decay`, or (1 + n) / (10 + n) at step n where that is less, so that the first values are soon gone.
+    """
+
+    def __init__(self, decay: float, parameters: Mapping[str, torch.Tensor]):
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Take the parameters after optimiser step `step`, from 0."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in parameters.values()], share)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Set the parameters to their averages."""
+        for name, p in parameters.items():
+            p.copy_(self.values[name])
 
 
 @dataclass

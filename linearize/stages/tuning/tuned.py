@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from linearize.errors import UserError
+from linearize.mixers.base import branches_of
 from linearize.stages.base import Stage, select
 from linearize.stages.tuning.lora import LoraSettings, attach, target_modules
-from linearize.swap import teacher_path
+from linearize.swap import swapped, teacher_path
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch
 
@@ -34,12 +35,24 @@ class TunedConfig(TrainingConfig):
         [],
         description="Shell-style patterns of parameters to train in full, such as '*.mixer.*' or '*' for all.",
     )
+    window_dropout: list[float] = Field(
+        [],
+        description="Chance that a layer's softmax window is off in a step, one after the other for equal shares of "
+        "the steps, such as [0.9, 0.75, 0.5] (HedgeCATs, arXiv:2510.05901).",
+    )
     head_chunk: int = Field(
         2048,
         gt=0,
         description="Predictions whose logits over the whole vocabulary are in memory at once; changes memory and "
         "speed, not results.",
     )
+
+    @field_validator("window_dropout")
+    @classmethod
+    def _chances(cls, value: list[float]) -> list[float]:
+        if wrong := [chance for chance in value if not 0 <= chance <= 1]:
+            raise ValueError(f"chances must lie between 0 and 1, got {wrong[0]}")
+        return value
 
 
 class Tuned(Stage):
@@ -61,9 +74,13 @@ class Tuned(Stage):
             )
         if self.config.lora is None and not self.config.train:
             raise UserError(f"stage {kind} trains nothing; set lora: {{r: 8}}, or train: ['*'] for all parameters")
-        select(model, self.config.train, kind)
+        names = list(select(model, self.config.train, kind))
         if self.config.lora is not None:
-            target_modules(model, self.config.lora.targets, self.family)
+            targets = target_modules(model, self.config.lora.targets, self.family)
+            names += [f"{target}.lora_{side}.default.weight" for target in targets for side in "AB"]
+        self.check_patterns(names)
+        if self.config.window_dropout and "window" not in branches_of(model):
+            raise UserError(f"stage {kind}: window_dropout finds no window; leave it out, or set mixer.window")
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         self.check(model)
@@ -78,10 +95,19 @@ class Tuned(Stage):
         full = {id(p) for p in chosen.values()}
         return {name: p for name, p in model.named_parameters() if id(p) in full or ".lora_" in name}
 
+    def at(self, model: Any, parameters: dict[str, nn.Parameter], done: float) -> None:
+        super().at(model, parameters, done)
+        if chances := self.config.window_dropout:
+            chance = chances[int(done * len(chances))]
+            for attn in swapped(model).values():
+                attn.mixer.disabled = frozenset({"window"} if torch.rand(()) < chance else ())
+
     def count(self, batch: Batch) -> int:
         return int((batch["labels"][:, 1:] != -100).sum())
 
     def finish(self, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        for attn in swapped(model).values():
+            attn.mixer.disabled = frozenset()
         if self.adapter is not None and self.config.lora and self.config.lora.merge:
             self.remember(model, [name.replace(".weight", ".base_layer.weight") for name in self.changed])
             self.adapter.merge_and_unload()
