@@ -61,9 +61,7 @@ class Stage:
         raise NotImplementedError
 
     def rows(self, model: Any, data: PackedDataset, folder: Path, resume: bool) -> Rows:
-        """What is trained on, before anything in `model` changes; a subclass may add to the batches of `data`, and keep
-        files in `folder`, which `tidy` removes.
-        """
+        """What is trained on; a subclass may add to batches, from files that `tidy` removes. `model` is as it came."""
         return data
 
     def completed(self, model: Any, batch: Batch) -> Batch:

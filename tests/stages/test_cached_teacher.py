@@ -1,4 +1,4 @@
-"""`logit_kl` with the teacher's predictions on disk: the live teacher's losses, and every way in which files may fail."""
+"""`logit_kl` with the teacher's predictions on disk: losses of the live one, and every way in which files may fail."""
 
 from __future__ import annotations
 
