@@ -56,19 +56,23 @@ class Tuned(Stage):
         kind = self.config.type
         if not self.family.causal:
             raise UserError(
-                f"stage {kind} predicts the next token, and {self.family.__name__} models see it already; remove the "
-                "stage, and train the mixers by attention_transfer"
+                f"stage {kind} is for models that predict the next token, and {self.family.__name__} models see it "
+                "already; remove the stage, and train the mixers by attention_transfer"
             )
         if self.config.lora is None and not self.config.train:
             raise UserError(f"stage {kind} trains nothing; set lora: {{r: 8}}, or train: ['*'] for all parameters")
-        select(model, self.config.train, kind)
+        self.chosen(model)
         if self.config.lora is not None:
             target_modules(model, self.config.lora.targets, self.family)
+
+    def chosen(self, model: Any) -> dict[str, nn.Parameter]:
+        """The parameters that `train` names, by full name."""
+        return select(model, self.config.train, self.config.type)
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         self.check(model)
         config = self.config
-        chosen = select(model, config.train, config.type)
+        chosen = self.chosen(model)
         self.changed = list(chosen)
         if config.lora is None:
             return chosen
