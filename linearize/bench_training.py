@@ -63,9 +63,10 @@ def time_stages(
 
 def _time_stage(model: Any, stage: Stage, ids: torch.Tensor, repeats: int) -> StepSpeed:
     rows, length = ids.shape
+    batch = stage.completed(model, {"input_ids": ids, "labels": ids})
     _, parameters = stage.begin(model)
     groups = [{"params": list(parameters.values()), "lr_scale": 1.0}]
-    step = partial(_step, model, stage, adamw(groups, stage.config), {"input_ids": ids, "labels": ids})
+    step = partial(_step, model, stage, adamw(groups, stage.config), batch)
     paths: dict[str, Callable[[], AbstractContextManager]] = {"student": nullcontext}
     if stage.end_to_end:
         paths["teacher"] = partial(teacher_path, model)

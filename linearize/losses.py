@@ -63,18 +63,43 @@ def divergence(
         temperature: divides the logits; its square keeps the size of gradients (Hinton et al. 2015, section 2).
         top_k: the teacher's likeliest tokens; all others count as one outcome, whose probability is what is left.
     """
+    if top_k is not None and top_k < teacher.shape[-1]:
+        return coarse_divergence(student, *likeliest(teacher, top_k, temperature), kind, temperature)
     log_s, log_t = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
-    if top_k is not None and top_k < log_t.shape[-1]:
-        best = log_t.topk(top_k, dim=-1).indices
-        log_t, log_s = coarse(log_t, best), coarse(log_s, best)
+    return _divergence(log_s, log_t, kind) * temperature**2
+
+
+def coarse_divergence(
+    student: torch.Tensor, log_t: torch.Tensor, tokens: torch.Tensor, kind: str, temperature: float = 1.0
+) -> torch.Tensor:
+    """As `divergence` with `top_k`, where the teacher is what `likeliest` said of it at this temperature.
+
+    Args:
+        student: logits [N, vocabulary].
+        log_t: [N, k + 1].
+        tokens: [N, k] int64.
+    """
+    log_s = coarse((student.float() / temperature).log_softmax(-1), tokens)
+    return _divergence(log_s, log_t, kind) * temperature**2
+
+
+def likeliest(logits: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [N, k + 1] of the k likeliest tokens and of all others as one, and those tokens [N, k].
+
+    The last one does not follow from that of another temperature: it sums over tokens that are not there.
+    """
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    tokens = log_p.topk(k, dim=-1).indices
+    return coarse(log_p, tokens), tokens
+
+
+def _divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "forward":
-        summed = _kl(log_t, log_s)
-    elif kind == "reverse":
-        summed = _kl(log_s, log_t)
-    else:
-        mean = torch.logaddexp(log_s, log_t) - math.log(2)
-        summed = 0.5 * (_kl(log_t, mean) + _kl(log_s, mean))
-    return summed * temperature**2
+        return _kl(log_t, log_s)
+    if kind == "reverse":
+        return _kl(log_s, log_t)
+    mean = torch.logaddexp(log_s, log_t) - math.log(2)
+    return 0.5 * (_kl(log_t, mean) + _kl(log_s, mean))
 
 
 def coarse(log_p: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:

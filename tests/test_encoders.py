@@ -150,7 +150,7 @@ def test_a_conversion_brings_the_embeddings_closer_and_reloads(
 
 def test_finetuning_is_refused() -> None:
     finetune = Finetune(FinetuneConfig.model_validate({"tokens": 10, "lora": {"r": 2}}), pico.find_family("bert"))
-    with pytest.raises(UserError, match="finetune predicts the next token, and Bert models see it already"):
+    with pytest.raises(UserError, match="finetune is for models that predict the next token, and Bert models see it"):
         finetune.check(encoder())
 
 

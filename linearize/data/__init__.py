@@ -1,7 +1,18 @@
 """Training data: documents of any source, tokenised once into packed rows on disk, and batches by step number."""
 
 from linearize.data.config import DataConfig
-from linearize.data.dataset import PackedDataset, batches, prepare, read_tokens, tokens_of
+from linearize.data.dataset import PackedDataset, Rows, batches, prepare, read_tokens, tokens_of, visited
 from linearize.data.packing import pack, pad_each
 
-__all__ = ["DataConfig", "PackedDataset", "batches", "pack", "pad_each", "prepare", "read_tokens", "tokens_of"]
+__all__ = [
+    "DataConfig",
+    "PackedDataset",
+    "Rows",
+    "batches",
+    "pack",
+    "pad_each",
+    "prepare",
+    "read_tokens",
+    "tokens_of",
+    "visited",
+]

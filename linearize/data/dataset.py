@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,22 @@ from linearize.ops.documents import positions
 _LAYOUT = 1
 _SHARD_TOKENS = 1 << 23
 _TENSORS = ("input_ids", "documents", "trained", "lengths")
+
+
+class Rows(Protocol):
+    """What training reads: sequences of `seq_len` tokens by index; see `PackedDataset`."""
+
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The sequences at `indices`."""
+        ...
+
+    def order(self, seed: int, epoch: int) -> torch.Tensor:
+        """Indices of all sequences in the order of this epoch."""
+        ...
 
 
 class PackedDataset:
@@ -99,7 +115,7 @@ class PackedDataset:
 
 
 def batches(
-    dataset: PackedDataset, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+    dataset: Rows, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches of `batch_size` sequences from step `start_step` on, epoch after epoch.
 
@@ -118,6 +134,13 @@ def batches(
             indices.append(int(order[sample % len(dataset)]))
         yield dataset.batch(indices)
         step += 1
+
+
+def visited(dataset: Rows, samples: int, seed: int) -> list[int]:
+    """Indices, sorted, of the sequences among the first `samples` that `batches` walks through."""
+    if samples >= len(dataset):
+        return list(range(len(dataset)))
+    return sorted(dataset.order(seed, 0)[:samples].tolist())
 
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path | None = None) -> PackedDataset:

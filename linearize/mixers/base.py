@@ -78,6 +78,7 @@ class Mixer(nn.Module):
         self.config = config
         self.shape = shape
         self.disabled: frozenset[str] = frozenset()
+        self.bare = False
 
     def forward(
         self,
@@ -123,6 +124,18 @@ class Mixer(nn.Module):
         """Whether y is a weighted sum of values with weights that do not depend on them, so that one-hot values read
         the weights out."""
         return True
+
+    @contextmanager
+    def only_mixing(self) -> Iterator[None]:
+        """Inside the context `bare` is true: values of any size are mixed as they are given, and what a mixer does to
+        them before, adds to them or does to the read-out is left out. A mixer that does nothing of the kind has nothing
+        to honour; one that does and ignores `bare` stays not linear in values.
+        """
+        before, self.bare = self.bare, True
+        try:
+            yield
+        finally:
+            self.bare = before
 
     @property
     def output_scale(self) -> nn.Parameter | None:

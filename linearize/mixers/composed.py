@@ -168,7 +168,8 @@ class Composed(Mixer):
     def linear_in_values(self) -> bool:
         output, config = self.config.output, self.config
         plain = output.norm == "none" and config.kv_heads == "shared" and not config.meta_tokens
-        return plain and self.update.linear_in_values and not (config.conv.size and "v" in config.conv.inputs)
+        plain = plain and not (config.conv.size and "v" in config.conv.inputs)
+        return self.update.linear_in_values and (plain or self.bare)
 
     @property
     def source_norm(self) -> bool:
@@ -199,9 +200,9 @@ class Composed(Mixer):
         dtype = v.dtype
         if self.config.kv_heads == "cloned":
             k = expand_heads(k, self.shape.heads) + _project(x, self.clone_k)
-            v = expand_heads(v, self.shape.heads) + _project(x, self.clone_v)
+            v = v if self.bare else expand_heads(v, self.shape.heads) + _project(x, self.clone_v)
         if self.conv is not None:
-            q, k, v, after["conv"] = self.conv(q, k, v, ctx, past.get("conv"))
+            q, k, v, after["conv"] = self.conv(q, k, v, ctx, past.get("conv"), self.bare)
         if self.config.qk_norm == "rms":
             q, k = _rms(q, self.q_norm), _rms(k, self.k_norm)
         gate = self.decay(x, k)
@@ -216,7 +217,7 @@ class Composed(Mixer):
             carried = v if not self.exclusive or k_local is bare_k else torch.cat([v, bare_k.to(v.dtype)], dim=-1)
             if self.exclusive:
                 memory_k, memory_v, valid = self._leaving(k_local, carried, v.shape[-1], ctx, past.get("window"))
-            window, after["window"] = self.local(q_local, k_local, carried, ctx, past.get("window"), q)
+            window, after["window"] = self.local(q_local, k_local, carried, ctx, past.get("window"), q, self.bare)
             window = window._replace(out=window.out[..., : v.shape[-1]])
         memory, after["linear"] = self._recur(bare_q, memory_k, memory_v, valid, gate, x, ctx, past.get("linear"))
         return self._join(window, memory, x).to(dtype), after
@@ -270,7 +271,7 @@ class Composed(Mixer):
             chunk_size=self.config.chunk_size,
             backend=self.config.backend,
         )
-        if self.config.skip:
+        if self.config.skip and not self.bare:
             own = expand_heads(v, self.shape.heads).to(y.dtype)
             y = y + own * self.skip.to(y.dtype)[:, None]
         return Memory(y, den), after
@@ -281,7 +282,7 @@ class Composed(Mixer):
         alone = window is None or "window" in self.disabled
         if memory.den is not None and (alone or not self.exclusive):
             memory = Memory(normalized(memory.out, memory.den), None)
-        memory = memory._replace(out=self.output(memory.out, x))
+        memory = memory if self.bare else memory._replace(out=self.output(memory.out, x))
         if alone:
             return memory.out
         assert self.combine is not None

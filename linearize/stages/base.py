@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from linearize.data import PackedDataset
+from linearize.data import PackedDataset, Rows
 from linearize.errors import UserError, disk_full
 from linearize.families.base import Family
 from linearize.swap import source_weights
@@ -45,8 +45,13 @@ class Stage:
     def __init__(self, config: Any, family: type[Family]):
         self.config = config
         self.family = family
-        self.keep_source = self.needs_teacher
+        self.keep_source = self.keeps_source
         """Whether tensors that this stage changes are kept, so that `teacher_path` stays the source model."""
+
+    @property
+    def keeps_source(self) -> bool:
+        """Whether it looks at the source model while it trains, for which what it changes itself is kept too."""
+        return self.needs_teacher
 
     def check(self, model: Any) -> None:
         """Raise the errors that `prepare` would, and change nothing; `model` may lie on the meta device."""
@@ -65,6 +70,18 @@ class Stage:
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         """Ready the model for this stage (hooks, adapters) and return the parameters to train, by full name."""
         raise NotImplementedError
+
+    def rows(self, model: Any, data: PackedDataset, folder: Path, resume: bool) -> Rows:
+        """What is trained on; a subclass may add to batches, from files that `tidy` removes. `model` is as it came."""
+        return data
+
+    def completed(self, model: Any, batch: Batch) -> Batch:
+        """A batch of rows that are on no disk, with what `rows` would have added."""
+        return batch
+
+    def tidy(self, folder: Path) -> None:
+        """Remove what only an unfinished stage needs, once its result is on disk."""
+        remove_checkpoints(folder)
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
         """Forward and backward of one micro-batch; gradients are those of `weight` times the summed loss.
@@ -141,14 +158,15 @@ class Stage:
         Returns:
             Seconds of training, those of interrupted and finished runs included.
         """
-        self.keep_source = self.needs_teacher or keep_source
+        self.keep_source = self.keeps_source or keep_source
         result = folder / "result.safetensors"
         if resume and result.exists():
             tensors, state = read_tensors(result)
             with torch.no_grad():
                 self.restore(model, tensors)
-            remove_checkpoints(folder)
+            self.tidy(folder)
             return state["seconds"]
+        rows = self.rows(model, data, folder, resume)
         dtypes, parameters = self.begin(model)
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -156,7 +174,7 @@ class Stage:
             seconds = train(
                 self.config,
                 parameters,
-                data,
+                rows,
                 folder,
                 backward=lambda batch, weight: self.backward(model, batch, weight),
                 count=self.count,
@@ -174,7 +192,7 @@ class Stage:
             changed = self.finish(model, parameters)
         if is_main():
             write_tensors(result, changed, {"type": self.config.type, "seconds": seconds})
-            remove_checkpoints(folder)
+            self.tidy(folder)
         return seconds
 
 

@@ -8,12 +8,16 @@ attention returns inside a layer is the business of attention_transfer.
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import nn
 
+from linearize.errors import UserError
 from linearize.losses import cosine, l2, mse
+from linearize.stages.tuning.lora import target_modules
 from linearize.stages.tuning.tuned import Tuned, TunedConfig
 from linearize.swap import source_weights, student_path
 from linearize.teacher import blocks, run_blocks
@@ -34,8 +38,19 @@ class HiddenAlignConfig(TunedConfig):
         "l2", description="l2 is the length of the error over the root of the model's width."
     )
     train: list[str] = Field(
-        ["*.mixer.*"], description="Shell-style patterns of parameters to train in full, such as '*.mixer.*'."
+        ["*.mixer.*"],
+        description="Shell-style patterns of parameters to train in full, such as '*.mixer.*'; what the compared "
+        "states do not depend on, such as the head, is left out.",
     )
+
+    @model_validator(mode="after")
+    def _nothing_to_recompute(self) -> HiddenAlignConfig:
+        if self.where == "block" and self.gradient_checkpointing:
+            raise ValueError(
+                "hidden_align with where: block never holds more than one layer's activations, so "
+                "gradient_checkpointing would save nothing; leave it out"
+            )
+        return self
 
 
 class HiddenAlign(Tuned):
@@ -49,6 +64,32 @@ class HiddenAlign(Tuned):
     def end_to_end(self) -> bool:  # type: ignore[override]
         """Whether the loss is the whole model's."""
         return self.config.where != "block"
+
+    def check(self, model: Any) -> None:
+        super().check(model)
+        if self.config.lora is not None:
+            for name in target_modules(model, self.config.lora.targets, self.family):
+                if not name.startswith(self._places(model)):
+                    raise UserError(
+                        f"stage hidden_align with where: {self.config.where} does not depend on lora target {name!r}; "
+                        "leave it out"
+                    )
+
+    def chosen(self, model: Any) -> dict[str, nn.Parameter]:
+        places = self._places(model)
+        inside = {name: p for name, p in super().chosen(model).items() if name.startswith(places)}
+        for pattern in self.config.train:
+            if not fnmatch.filter(inside, pattern):
+                raise UserError(
+                    f"stage hidden_align with where: {self.config.where} depends on parameters under {places[0]}* "
+                    f"alone, and pattern {pattern!r} matches nothing there; train the rest in a later stage"
+                )
+        return inside
+
+    def _places(self, model: Any) -> tuple[str, ...]:
+        """What the names of parameters begin with that the compared states may depend on."""
+        body = f"{self.family.base}." if self.family.base else ""
+        return (body + self.family.attention.partition("{}")[0],) if self.config.where == "block" else (body,)
 
     def count(self, batch: Batch) -> int:
         mask = batch.get("attention_mask")

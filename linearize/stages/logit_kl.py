@@ -6,18 +6,31 @@ summed over all positions that predict something and divided by their number: Hi
 `divergence: reverse` is MiniLLM's direction (Gu et al. 2023, arXiv:2306.08543), `jensen_shannon` the mean of the two
 against their mixture (GKD, Agarwal et al. 2023, arXiv:2306.13649). The teacher is the source model inside the converted
 one: only tensors that training changes are held twice.
+
+`teacher: cached` writes its `top_k` likeliest tokens to disk before training, at the stage's temperature, once for each
+row that is visited (`linearize.stages.tuning.cached`), so that steps take no teacher and nothing is held for one. The
+files, 8 top_k + 4 bytes per predicted token, lie in the stage's folder until its result does.
 """
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from linearize.losses import divergence, next_token
+from linearize.data import PackedDataset, Rows, visited
+from linearize.errors import UserError
+from linearize.losses import coarse_divergence, divergence, likeliest, next_token
+from linearize.stages.tuning.cached import LOG_PROBS, TOKENS, WithPredictions, write_predictions
 from linearize.stages.tuning.tuned import Tuned, TunedConfig
-from linearize.training.loop import Batch, Metrics
+from linearize.training.loop import Batch, Metrics, autocast
+from linearize.training.processes import is_main, join, wait_for_all
+
+CACHE = "teacher"
+"""Folder of the predictions in that of the stage."""
 
 
 class LogitKLConfig(TunedConfig):
@@ -33,6 +46,11 @@ class LogitKLConfig(TunedConfig):
         gt=0,
         description="Compare the teacher's k likeliest tokens and all others as one; null for the whole vocabulary.",
     )
+    teacher: Literal["live", "cached"] = Field(
+        "live",
+        description="live runs the teacher beside the student in every step; cached writes its top_k predictions to "
+        "disk before the first.",
+    )
     ce: float = Field(0.0, ge=0, lt=1, description="Weight of the next-token cross-entropy; KL has the rest.")
 
 
@@ -43,7 +61,77 @@ class LogitKL(Tuned):
     needs_teacher = True
     config: LogitKLConfig
 
+    @property
+    def keeps_source(self) -> bool:
+        return self.config.teacher == "live"
+
+    def check(self, model: Any) -> None:
+        super().check(model)
+        config, vocabulary = self.config, model.config.get_text_config().vocab_size
+        if config.teacher == "cached" and (config.top_k is None or config.top_k >= vocabulary):
+            raise UserError(
+                f"stage logit_kl: teacher: cached with top_k {'null' if config.top_k is None else config.top_k} would "
+                f"write all {vocabulary:,} log-probabilities of a prediction, 4 bytes each: "
+                f"{_size(4 * vocabulary * config.tokens)} for {config.tokens:,} tokens; set top_k to fewer, such as "
+                f"64 ({_size((8 * 64 + 4) * config.tokens)}), or teacher: live"
+            )
+
+    def rows(self, model: Any, data: PackedDataset, folder: Path, resume: bool) -> Rows:
+        config, place = self.config, folder / CACHE
+        if config.teacher == "live":
+            return data
+        self.check(model)
+        join(model.device)
+        if is_main() and not resume:
+            shutil.rmtree(place, ignore_errors=True)
+        wait_for_all()
+        rows = visited(data, config.steps(data.seq_len) * config.batch_size, config.seed)
+        facts = {"data": data.folder.name, "top_k": config.top_k, "temperature": config.temperature}
+        size = config.micro_batch_size or config.batch_size
+        write_predictions(place, data, rows, facts, size, lambda batch: self.predictions(model, batch))
+        wait_for_all()
+        return WithPredictions(place, data, rows, facts)
+
+    def completed(self, model: Any, batch: Batch) -> Batch:
+        if self.config.teacher == "live":
+            return batch
+        return {**batch, **dict(zip((LOG_PROBS, TOKENS), self.predictions(model, batch), strict=True))}
+
+    def tidy(self, folder: Path) -> None:
+        super().tidy(folder)
+        shutil.rmtree(folder / CACHE, ignore_errors=True)
+
+    def predictions(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the teacher says about the predicted tokens of a batch, as `linearize.losses.likeliest` puts it."""
+        config, device = self.config, model.device
+        assert config.top_k is not None
+        with self.teacher(model), autocast(config, device):
+            hidden, _ = self.hidden(model, {k: v.to(device) for k, v in batch.items()})
+            pieces = [
+                likeliest(self.family.logits(model, piece), config.top_k, config.temperature)
+                for piece in hidden.split(config.head_chunk)
+            ]
+        log_probs, tokens = zip(*pieces, strict=True)
+        return torch.cat(log_probs), torch.cat(tokens)
+
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
+        kl, ce = self._cached(model, dict(batch)) if self.config.teacher == "cached" else self._live(model, batch)
+        total = (1 - self.config.ce) * kl + self.config.ce * ce
+        (total * weight).backward()
+        return {"loss": total.detach(), "kl": kl.detach(), "ce": ce.detach()}
+
+    def _cached(self, model: Any, batch: Batch) -> torch.Tensor:
+        config, log_probs, tokens = self.config, batch.pop(LOG_PROBS), batch.pop(TOKENS)
+        hidden, targets = self.hidden(model, batch)
+
+        def loss(hidden: torch.Tensor, log_t: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
+            student = self.family.logits(model, hidden)
+            kl = coarse_divergence(student, log_t, tokens.long(), config.divergence, config.temperature)
+            return torch.stack([kl, next_token(student, targets)])
+
+        return self.scored(loss, hidden, log_probs, tokens, targets)
+
+    def _live(self, model: Any, batch: Batch) -> torch.Tensor:
         config = self.config
         with self.teacher(model):
             expected, _ = self.hidden(model, batch)
@@ -56,7 +144,13 @@ class LogitKL(Tuned):
             kl = divergence(student, teacher, config.divergence, config.temperature, config.top_k)
             return torch.stack([kl, next_token(student, targets)])
 
-        kl, ce = self.scored(loss, hidden, expected, targets)
-        total = (1 - config.ce) * kl + config.ce * ce
-        (total * weight).backward()
-        return {"loss": total.detach(), "kl": kl.detach(), "ce": ce.detach()}
+        return self.scored(loss, hidden, expected, targets)
+
+
+def _size(count: float) -> str:
+    """Bytes in words: 1.5e9 -> 1.5 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

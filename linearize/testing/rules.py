@@ -7,6 +7,7 @@ Each takes `make(kv_heads=2, *, filled=True)`, which gives the same small mixer 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -253,11 +254,16 @@ def branches_can_be_switched_off(make: Make) -> None:
 
 @torch.no_grad()
 def declared_linearity_is_true(make: Make) -> None:
-    """y is linear in v where `linear_in_values` says so, and affine in `output_scale` where there is one."""
+    """y is linear in v where `linear_in_values` says so, `bare` or not, and affine in `output_scale` where there is
+    one.
+    """
     mixer, (q, k, v, x), other = make(), _given(1), _given(1, seed=5)[2]
-    if mixer.linear_in_values:
-        total = run(mixer, [q, k, v, x])[0] + 2 * run(mixer, [q, k, other, x])[0]
-        _same(run(mixer, [q, k, v + 2 * other, x])[0], total, "y of v + 2 v' against y of v plus 2 times y of v'")
+    for context in (nullcontext(), mixer.only_mixing()):
+        with context:
+            if mixer.linear_in_values:
+                total = run(mixer, [q, k, v, x])[0] + 2 * run(mixer, [q, k, other, x])[0]
+                both = run(mixer, [q, k, v + 2 * other, x])[0]
+                _same(both, total, f"y of v + 2 v' against y of v plus 2 times y of v' (bare: {mixer.bare})")
     if (scale := mixer.output_scale) is not None:
         _check(list(scale.shape) == [HEADS], f"output_scale is {list(scale.shape)}, expected {[HEADS]}")
         y = [run(mixer, [q, k, v, x])[0] for value in (0.0, 1.0, 2.0) if scale.fill_(value) is not None]

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
-from linearize.data import PackedDataset, batches
+from linearize.data import Rows, batches
 from linearize.errors import UserError, disk_full
 from linearize.training.checkpoint import load_checkpoint, save_checkpoint
 from linearize.training.config import TrainingConfig
@@ -37,7 +37,7 @@ Metrics = dict[str, torch.Tensor]
 def train(
     config: TrainingConfig,
     parameters: dict[str, torch.nn.Parameter],
-    data: PackedDataset,
+    data: Rows,
     folder: Path,
     *,
     backward: Callable[[Batch, float], Metrics],

@@ -9,16 +9,28 @@ import os
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 
 def is_main() -> bool:
     """Whether this process writes the files; known before any process group exists."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 def processes() -> int:
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Which of them this process is, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join(device: torch.device) -> None:
+    """Join the processes that torchrun started, as the training loop does: over gloo for a model on CPUs."""
+    if processes() > 1:
+        PartialState(cpu=device.type == "cpu")
 
 
 def summed(value: torch.Tensor) -> torch.Tensor:

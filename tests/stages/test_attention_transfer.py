@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from stage_cases import KINDS, batch_of, teacher_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trainable import dataset, make_stage, metrics, snapshot
@@ -18,39 +19,6 @@ from linearize.errors import UserError
 from linearize.swap import swapped
 
 LAYERS = "LSL"
-
-
-def batch_of(kind: str, folder: Path, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Four rows: one document each without padding ("plain"), several documents, or right-padded."""
-    data = dataset(folder, tokenizer, packing=kind != "padded")
-    batch = data.batch(range(4))
-    if kind == "plain":
-        batch["position_ids"] = torch.arange(32).expand(4, -1)
-    assert (kind == "padded") == ("attention_mask" in batch)
-    assert (kind == "packed") == bool((batch["position_ids"][:, 1:] == 0).any())
-    return batch
-
-
-def teacher_run(source: Any, batch: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
-    """Per layer of the unconverted model: attention's input, heads, output, position embeddings and weights."""
-    seen: dict[int, dict[str, Any]] = {i: {} for i in range(len(source.model.layers))}
-    hooks = []
-    for i, layer in enumerate(source.model.layers):
-
-        def attention(m: Any, args: Any, kwargs: Any, output: Any, i: int = i) -> None:
-            seen[i] |= {"x": kwargs["hidden_states"], "rotary": kwargs["position_embeddings"]}
-            seen[i] |= {"output": output[0], "weights": output[1]}
-
-        def projection(m: Any, args: Any, i: int = i) -> None:
-            seen[i]["heads"] = args[0]
-
-        hooks.append(layer.self_attn.register_forward_hook(attention, with_kwargs=True))
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(projection))
-    with torch.no_grad():
-        source(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 def layer_batch_of(model: Any, batch: dict[str, torch.Tensor]) -> Any:
@@ -106,7 +74,7 @@ def reference_loss(model: Any, source: Any, batch: dict[str, torch.Tensor], loss
     return total
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("mixer", "loss", "where"),
     [
@@ -149,6 +117,31 @@ def test_gradients_are_those_of_one_backward_over_all_layers(
         )
         assert gradient.abs().max() > 1e-3
     assert all(p.grad is None for name, p in model.named_parameters() if name not in parameters)
+
+
+@pytest.mark.parametrize("loss", ["mse", "weights"])
+def test_the_target_stays_the_sources_where_projections_train(
+    converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, loss: str
+) -> None:
+    """What the student's queries and keys have become must not move what they are compared with."""
+    batch, model = batch_of("packed", tmp_path, pico_tokenizer), converted("hedgehog", LAYERS)
+    stage = make_stage("attention_transfer", loss=loss, train=["*.self_attn.*"])
+    stage.keep_source = True
+    _, parameters = stage.begin(model)
+    targets: list[list[torch.Tensor]] = [[], []]
+    layer_loss = type(stage).layer_loss
+    for seen, factor in zip(targets, (1.0, 0.5), strict=True):
+        for name, p in parameters.items():
+            p.data *= factor if "q_proj" in name else 1.0
+
+        def spy(attn: Any, call: Any, target: Any, keep: Any, seen: Any = seen) -> Any:
+            seen.append(target.clone())
+            return layer_loss(stage, attn, call, target, keep)
+
+        stage.layer_loss = spy
+        stage.backward(model, batch, 1.0)
+    assert len(targets[0]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*targets, strict=True))
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])

@@ -15,15 +15,21 @@ from safetensors import SafetensorError
 from trainable import dataset, make_stage, metrics, snapshot
 
 from linearize.errors import UserError
+from linearize.registry import find, keys
+from linearize.stages.base import Stage
 from linearize.training import checkpoint, loop
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import MetricsLog, stream_seed
 from linearize.training.optim import Plateau, decay
 
-STAGES = {
-    "attention_transfer": {"lr": 1e-2},
-    "finetune": {"lr": 5e-2, "lora": {"r": 2, "dropout": 0.2}, "train": ["*.mixer.*"]},
-}
+GENERIC: dict[str, Any] = {"lr": 5e-2, "train": ["*.mixer.*"], "lora": {"r": 2, "dropout": 0.2}}
+"""Settings that every stage gets as far as it has them; all else is its own default."""
+
+
+def generic(key: str) -> dict[str, Any]:
+    """Settings of the stage `key`."""
+    fields = find("stages", key, Stage).Config.model_fields
+    return {name: value for name, value in GENERIC.items() if name in fields}
 
 
 class Killed(BaseException):
@@ -149,11 +155,11 @@ def test_clip_bounds_the_step(converted: Callable[..., Any], data: Any, tmp_path
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
-@pytest.mark.parametrize("key", STAGES)
+@pytest.mark.parametrize("key", keys("stages"))
 def test_a_killed_run_resumes_to_the_same_bits(
     converted: Callable[..., Any], data: Any, tmp_path: Path, key: str, schedule: str
 ) -> None:
-    settings = {"steps": 14, "checkpoint_every": 3, "schedule": schedule, "plateau_patience": 2, **STAGES[key]}
+    settings = {"steps": 14, "checkpoint_every": 3, "schedule": schedule, "plateau_patience": 1, **generic(key)}
     straight = converted("lolcats", "LSL")
     make_stage(key, **settings).run(straight, data, tmp_path / "straight")
     for step in (8, 10):

@@ -67,11 +67,11 @@ class Conv(Part):
         return {f"taps.{x}": LastTap() for x in self.inputs}
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: Context, state: Any
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: Context, state: Any, bare: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
-        """q, k, v convolved, and the state after."""
+        """q, k, v convolved (`bare`: v as it is), and the state after."""
         heads, after = {"q": q, "k": k, "v": v}, {}
-        for x in self.inputs:
+        for x in self.inputs.replace("v", "") if bare else self.inputs:
             heads[x], after[x] = causal_conv(
                 heads[x],
                 self.taps(x).to(heads[x].dtype),

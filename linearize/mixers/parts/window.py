@@ -45,8 +45,11 @@ class LocalWindow(Part):
         ctx: Context,
         state: Any,
         bare_q: torch.Tensor,
+        bare: bool = False,
     ) -> tuple[Window, Any]:
-        """q, k as the softmax sees them, v [B, T, Hkv, V'], V' >= V where it carries more; bare_q has no positions."""
+        """q, k as the softmax sees them, v [B, T, Hkv, V'], V' >= V where it carries more; bare_q has no positions.
+        `bare` leaves the meta tokens' values out, not their weights.
+        """
         out, lse, peak, after = window_attention(
             q,
             k,
@@ -66,7 +69,8 @@ class LocalWindow(Part):
         scores = torch.einsum("bthk,hmk->bthm", bare_q.to(dtype), self.meta_k.to(dtype)) * self.shape.scale
         scores = capped(scores, self.shape.softcap) + self.meta_bias.to(dtype)
         whole = torch.logaddexp(lse, scores.logsumexp(-1))
-        meta = torch.einsum("bthm,hmv->bthv", (scores - whole.unsqueeze(-1)).exp(), self.meta_v.to(dtype))
-        meta = F.pad(meta, (0, out.shape[-1] - meta.shape[-1]))
-        out = out.to(dtype) * (lse - whole).exp().unsqueeze(-1) + meta
+        out = out.to(dtype) * (lse - whole).exp().unsqueeze(-1)
+        if not bare:
+            meta = torch.einsum("bthm,hmv->bthv", (scores - whole.unsqueeze(-1)).exp(), self.meta_v.to(dtype))
+            out = out + F.pad(meta, (0, out.shape[-1] - meta.shape[-1]))
         return Window(out.to(v.dtype), whole, torch.maximum(peak, scores.amax(-1))), after

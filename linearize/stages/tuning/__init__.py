@@ -1,1 +1,1 @@
-"""What stages share that train chosen tensors or adapters of the whole model end to end."""
+"""What stages share: training of the whole model (`tuned`, with adapters: `lora`), and of layers by the teacher's."""

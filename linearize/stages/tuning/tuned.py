@@ -69,12 +69,12 @@ class Tuned(Stage):
         kind = self.config.type
         if not self.family.causal:
             raise UserError(
-                f"stage {kind} predicts the next token, and {self.family.__name__} models see it already; remove the "
-                "stage, and train the mixers by attention_transfer"
+                f"stage {kind} is for models that predict the next token, and {self.family.__name__} models see it "
+                "already; remove the stage, and train the mixers by attention_transfer"
             )
         if self.config.lora is None and not self.config.train:
             raise UserError(f"stage {kind} trains nothing; set lora: {{r: 8}}, or train: ['*'] for all parameters")
-        names = list(select(model, self.config.train, kind))
+        names = list(self.chosen(model))
         if self.config.lora is not None:
             targets = target_modules(model, self.config.lora.targets, self.family)
             names += [f"{target}.lora_{side}.default.weight" for target in targets for side in "AB"]
@@ -82,10 +82,14 @@ class Tuned(Stage):
         if self.config.window_dropout and "window" not in branches_of(model):
             raise UserError(f"stage {kind}: window_dropout finds no window; leave it out, or set mixer.window")
 
+    def chosen(self, model: Any) -> dict[str, nn.Parameter]:
+        """The parameters that `train` names, by full name."""
+        return select(model, self.config.train, self.config.type)
+
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         self.check(model)
         config = self.config
-        chosen = select(model, config.train, config.type)
+        chosen = self.chosen(model)
         self.changed = list(chosen)
         if config.lora is None:
             return chosen
