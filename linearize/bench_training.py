@@ -56,12 +56,13 @@ def time_stages(
     ids = torch.randint(model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(
         model.device
     )
-    for stage in stages:
+    for stage in (stage for stage in stages if stage.trains):
         release()
         yield _time_stage(model, stage, ids, repeats)
 
 
 def _time_stage(model: Any, stage: Stage, ids: torch.Tensor, repeats: int) -> StepSpeed:
+    ids = ids.repeat(stage.item_rows, 1)
     rows, length = ids.shape
     _, parameters = stage.begin(model)
     groups = [{"params": list(parameters.values()), "lr_scale": 1.0}]

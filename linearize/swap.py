@@ -21,7 +21,7 @@ from linearize.families.base import Family
 from linearize.hf.cache import state_layer
 from linearize.kept import AS_IN_SOURCE, Kept, KeptAttention, QueryScale
 from linearize.mixers.base import Context, Find, Mixer, State, build_mixer, config_from_dict
-from linearize.source_weights import SourceWeights
+from linearize.snapshot import Snapshot
 
 
 class Call(NamedTuple):
@@ -176,15 +176,15 @@ def swapped(model: nn.Module) -> dict[str, SwappedAttention]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SwappedAttention)}
 
 
-def source_weights(model: nn.Module) -> SourceWeights:
-    """What the model remembers of its source, for each model one object."""
+def source_weights(model: nn.Module) -> Snapshot:
+    """The source's values of what training changed in the model, for each model one object."""
     if "source_weights" not in vars(model):
-        model.source_weights = SourceWeights()  # type: ignore[assignment]
+        model.source_weights = Snapshot()  # type: ignore[assignment]
     return model.source_weights  # type: ignore[return-value]
 
 
 @contextmanager
-def student_path(module: nn.Module, weights: SourceWeights) -> Iterator[None]:
+def student_path(module: nn.Module, weights: Snapshot) -> Iterator[None]:
     """Inside the context, and inside `teacher_path` of a model with these weights, a module of it is the student's."""
     with _on_path(module, teacher=False), weights.as_trained():
         yield
@@ -195,7 +195,7 @@ def teacher_path(model: nn.Module) -> Iterator[None]:
     """Inside the context the model is the source: swapped layers run softmax attention, not their mixers, kept ones the
     source's, adapters are off, and tensors that training changed have the values that `source_weights` kept.
     """
-    with _on_path(model, teacher=True), source_weights(model).as_in_source():
+    with _on_path(model, teacher=True), source_weights(model).as_kept():
         yield
 
 
