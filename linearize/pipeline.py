@@ -138,9 +138,9 @@ def plan_of(recipe: Recipe) -> Plan:
     stages = stages_of(recipe.stages, family_of(config))
     for index, (stage, settings) in enumerate(zip(stages, recipe.stages, strict=True)):
         stage.keep_source |= _taught(recipe, stages[index + 1 :])
-        stage.check(skeleton)
         if stage.trains:
             stage.check_data(recipe.stage_data(settings, f"stages.{index}"), recipe.data)
+        stage.check(skeleton)
     return plan
 
 
