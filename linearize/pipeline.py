@@ -34,6 +34,7 @@ from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
+from linearize.schema import differences
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 from linearize.training.processes import is_main, wait_for_all
@@ -210,13 +211,12 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     """
     mark = out / "run" / "recipe.yaml"
     if mark.exists() and resume and not _is_unbegun(out):
-        before, now = _flat(yaml.safe_load(mark.read_text())), _flat(recipe.model_dump(mode="json"))
-        changed = [k for k in dict.fromkeys([*before, *now]) if before.get(k) != now.get(k)]
-        changed = [k for k in changed if not k.startswith("export.")]  # which no stage has seen yet
+        differing = differences(yaml.safe_load(mark.read_text()), recipe.model_dump(mode="json"))
+        changed = {k: v for k, v in differing.items() if not k.startswith("export.")}  # which no stage has seen yet
         if changed:
             raise UserError(
                 f"cannot resume in {out}: the recipe differs in "
-                + ", ".join(f"{k} ({before.get(k)!r} then, {now.get(k)!r} now)" for k in changed[:5])
+                + ", ".join(f"{k} ({then!r} then, {now!r} now)" for k, (then, now) in list(changed.items())[:5])
                 + "; use the first recipe, or another output folder"
             )
         return
@@ -273,13 +273,3 @@ def _taught(recipe: Recipe, later: Sequence[Stage]) -> bool:
 
 def _nothing(text: str) -> None:
     """What the processes besides the main one say."""
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)  # type: ignore[assignment]
-    else:
-        return {path: value}
-    return {k: v for key, child in items for k, v in _flat(child, f"{path}.{key}" if path else str(key)).items()}
