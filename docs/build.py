@@ -30,7 +30,7 @@ from linearize.recipe import ALIASES, ExportConfig, KeptConfig, ModelConfig, Rec
 from linearize.registry import find, keys
 from linearize.schema import parse_count
 from linearize.stages.base import Stage
-from linearize.training.config import TrainingConfig
+from linearize.training.config import StageConfig, TrainingConfig
 
 PAGE = Path(__file__).parent / "recipes.md"
 Row = tuple[str, str, str, str]
@@ -98,13 +98,16 @@ def render() -> str:
             parts += [f"#### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(part))}\n", _table(rows) if rows else ""]
     parts += [
         "## `stages`\n",
-        "A list, run in order. `type` names the stage. All stages have these settings:\n",
+        "A list, run in order. `type` names the stage. All stages that train have these settings:\n",
     ]
     parts += [_table(_model_rows(TrainingConfig))]
     for key in keys("stages"):
         stage = find("stages", key, Stage)
         parts += [f"### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(stage))}\n"]
-        parts += ["Its own settings, and defaults that differ:\n", _table(_own_rows(stage.Config))]
+        if rows := _own_rows(stage.Config):
+            parts += ["Its own settings, and defaults that differ:\n", _table(rows)]
+        elif not stage.trains:
+            parts += ["It does not train and has no settings.\n"]
     parts += ["## Model aliases\n", "Besides hub names and local folders, `model.name` takes `demo` and:\n"]
     parts += ["| alias | hub name |\n|---|---|\n" + "".join(f"| `{a}` | `{h}` |\n" for a, h in ALIASES.items())]
     return "\n".join(parts)
@@ -139,8 +142,8 @@ def _meaning(field: FieldInfo) -> str:
     return field.description or ""
 
 
-def _own_rows(config: type[TrainingConfig]) -> list[Row]:
-    shared = set(_model_rows(TrainingConfig))
+def _own_rows(config: type[StageConfig]) -> list[Row]:
+    shared = set(_model_rows(TrainingConfig)) if issubclass(config, TrainingConfig) else set()
     return [row for row in _model_rows(config) if row not in shared and row[0] != "type"]
 
 

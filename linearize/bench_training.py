@@ -16,7 +16,7 @@ import torch
 
 from linearize.memory import now, out_of_memory, peak_bytes, release
 from linearize.stages.base import Stage
-from linearize.swap import teacher_path
+from linearize.swap import softmax_path
 from linearize.training.loop import autocast
 from linearize.training.optim import adamw
 
@@ -56,12 +56,13 @@ def time_stages(
     ids = torch.randint(model.config.get_text_config().vocab_size, (batch, length), generator=generator).to(
         model.device
     )
-    for stage in stages:
+    for stage in (stage for stage in stages if stage.trains):
         release()
         yield _time_stage(model, stage, ids, repeats)
 
 
 def _time_stage(model: Any, stage: Stage, ids: torch.Tensor, repeats: int) -> StepSpeed:
+    ids = ids.repeat(stage.item_rows, 1)
     rows, length = ids.shape
     batch = stage.completed(model, {"input_ids": ids, "labels": ids})
     _, parameters = stage.begin(model)
@@ -69,7 +70,7 @@ def _time_stage(model: Any, stage: Stage, ids: torch.Tensor, repeats: int) -> St
     step = partial(_step, model, stage, adamw(groups, stage.config), batch)
     paths: dict[str, Callable[[], AbstractContextManager]] = {"student": nullcontext}
     if stage.end_to_end:
-        paths["teacher"] = partial(teacher_path, model)
+        paths["teacher"] = partial(softmax_path, model)
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     peak = None
     with out_of_memory() as memory_error:

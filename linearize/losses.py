@@ -102,6 +102,21 @@ def _divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Te
     return 0.5 * (_kl(log_t, mean) + _kl(log_s, mean))
 
 
+def preference(h: torch.Tensor, kind: str, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Loss of preference pairs, summed: DPO's (arXiv:2305.18290, equation 7) or IPO's (arXiv:2310.12036, equation 17).
+
+    Args:
+        h: [N] log p / p_ref of the chosen reply, minus that of the rejected one.
+        kind: sigmoid or ipo.
+        beta: factor on h; for ipo 1 / (2 beta) is what h is pulled to.
+        label_smoothing: weight, for sigmoid, of the loss with both replies exchanged.
+    """
+    if kind == "ipo":
+        return (h - 1 / (2 * beta)).square().sum()
+    kept, exchanged = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
+    return -((1 - label_smoothing) * kept + label_smoothing * exchanged).sum()
+
+
 def coarse(log_p: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of chosen outcomes, and one more for all others.
 

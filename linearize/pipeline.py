@@ -34,6 +34,7 @@ from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
+from linearize.schema import differences
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 from linearize.training.processes import is_main, wait_for_all
@@ -90,8 +91,10 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
             revision=recipe.model.revision,
         )
     stages = stages_of(recipe.stages, family)
-    lengths = [stage.config.seq_len or recipe.data.seq_len for stage in stages]
-    data = [prepare(recipe.data.model_copy(update={"seq_len": length}), tokenizer) for length in lengths]
+    data = [
+        prepare(recipe.stage_data(s), tokenizer) if stage.trains else None
+        for s, stage in zip(recipe.stages, stages, strict=True)
+    ]
     swap(model, plan, recipe.seed)
     if plan.native is not None:
         native_model(model)  # what its check refuses should not wait until after the training
@@ -104,10 +107,8 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         points.take("calibrated", model)
     for index, (stage, rows, label) in enumerate(zip(stages, data, _labels(stages), strict=True)):
         folder = out / "run" / f"{index}-{stage.config.type}"
-        compared = recipe.evaluation is not None and recipe.evaluation.divergence
-        taught = compared or any(later.needs_teacher for later in stages[index + 1 :])
-        seconds = stage.run(model, rows, folder, resume=resume, keep_source=taught)
-        points.add_training(stage.config.trained_tokens(rows.seq_len), seconds)
+        seconds = stage.run(model, rows, folder, resume=resume, keep_source=_taught(recipe, stages[index + 1 :]))
+        points.add_training(0 if rows is None else stage.config.trained_tokens(rows.item_tokens), seconds)
         points.take(label, model)
     if is_main():
         files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
@@ -135,7 +136,11 @@ def plan_of(recipe: Recipe) -> Plan:
     with torch.device("meta"):
         skeleton = family_of(config).model_class(copy.deepcopy(config))
         linearized(skeleton, plan.description())
-    for stage in stages_of(recipe.stages, family_of(config)):
+    stages = stages_of(recipe.stages, family_of(config))
+    for index, (stage, settings) in enumerate(zip(stages, recipe.stages, strict=True)):
+        stage.keep_source |= _taught(recipe, stages[index + 1 :])
+        if stage.trains:
+            stage.check_data(recipe.stage_data(settings, f"stages.{index}"), recipe.data)
         stage.check(skeleton)
     return plan
 
@@ -148,10 +153,12 @@ def outline(recipe: Recipe, plan: Plan) -> str:
     for stage in recipe.stages:
         lora = stage.get("lora")
         with_lora = f", LoRA r {lora['r']} on {', '.join(lora['targets'])}" if lora else ""
-        lines.append(
-            f"stage       {stage['type']}: {stage['tokens']:,} tokens, batch {stage['batch_size']}, "
-            f"lr {stage['lr']:g}{with_lora}"
-        )
+        own = recipe.stage_data(stage)
+        on = f", on {own.source}" if own.source != recipe.data.source else ""
+        said = ": no training"
+        if "tokens" in stage:
+            said = f": {stage['tokens']:,} tokens, batch {stage['batch_size']}, lr {stage['lr']:g}{with_lora}{on}"
+        lines.append(f"stage       {stage['type']}{said}")
     return "\n".join(lines)
 
 
@@ -204,13 +211,12 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     """
     mark = out / "run" / "recipe.yaml"
     if mark.exists() and resume and not _is_unbegun(out):
-        before, now = _flat(yaml.safe_load(mark.read_text())), _flat(recipe.model_dump(mode="json"))
-        changed = [k for k in dict.fromkeys([*before, *now]) if before.get(k) != now.get(k)]
-        changed = [k for k in changed if not k.startswith("export.")]  # which no stage has seen yet
+        differing = differences(yaml.safe_load(mark.read_text()), recipe.model_dump(mode="json"))
+        changed = {k: v for k, v in differing.items() if not k.startswith("export.")}  # which no stage has seen yet
         if changed:
             raise UserError(
                 f"cannot resume in {out}: the recipe differs in "
-                + ", ".join(f"{k} ({before.get(k)!r} then, {now.get(k)!r} now)" for k in changed[:5])
+                + ", ".join(f"{k} ({then!r} then, {now!r} now)" for k, (then, now) in list(changed.items())[:5])
                 + "; use the first recipe, or another output folder"
             )
         return
@@ -259,15 +265,11 @@ def _labels(stages: list[Stage]) -> list[str]:
     return [f"after {t} {i + 1}" if types.count(t) > 1 else f"after {t}" for i, t in enumerate(types)]
 
 
+def _taught(recipe: Recipe, later: Sequence[Stage]) -> bool:
+    """Whether the source model is needed after a stage that these follow."""
+    compared = recipe.evaluation is not None and recipe.evaluation.divergence
+    return compared or any(stage.needs_teacher for stage in later)
+
+
 def _nothing(text: str) -> None:
     """What the processes besides the main one say."""
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)  # type: ignore[assignment]
-    else:
-        return {path: value}
-    return {k: v for key, child in items for k, v in _flat(child, f"{path}.{key}" if path else str(key)).items()}

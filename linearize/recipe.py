@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from linearize.data import DataConfig
 from linearize.errors import UserError, did_you_mean
@@ -113,6 +113,28 @@ class Recipe(Strict):
             except ValidationError as error:
                 raise user_error(error, f"stages.{index}", stage.Config.model_fields) from None
         return resolved
+
+    @model_validator(mode="after")
+    def _stages_find_their_data(self) -> Recipe:
+        for index, settings in enumerate(self.stages):
+            self.stage_data(settings, f"stages.{index}")
+        return self
+
+    def stage_data(self, settings: Mapping[str, Any], where: str = "stage") -> DataConfig:
+        """What a stage with these settings trains on: `data`, with the stage's own `data` and `seq_len` over it.
+
+        Raises:
+            UserError: for a key or value that does not fit.
+        """
+        own = dict(settings.get("data") or {})
+        if "seq_len" in own:
+            raise UserError(f"{where}.data.seq_len: a stage has a seq_len of its own; write {where}.seq_len")
+        if settings.get("seq_len") is not None:
+            own["seq_len"] = settings["seq_len"]
+        try:
+            return DataConfig.model_validate({**self.data.model_dump(), **own})
+        except ValidationError as error:
+            raise user_error(error, f"{where}.data", DataConfig.model_fields) from None
 
     @classmethod
     def load(cls, name: str | Path | None = None, model: str | None = None, overrides: Sequence[str] = ()) -> Recipe:

@@ -47,3 +47,19 @@ def user_error(error: ValidationError, where: str, known: Iterable[str] = ()) ->
             given = "" if told else f" (got {problem['input']!r})"
             lines.append(f"{path}: {message}{given}")
     return UserError("; ".join(lines))
+
+
+def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """Where two structures of plain data differ: path such as `stages.0.lr` -> both values, None for one not there."""
+    a, b = _flat(one), _flat(other)
+    return {k: (a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {path: value}
+    return {k: v for key, child in items for k, v in _flat(child, f"{path}.{key}" if path else str(key)).items()}

@@ -7,7 +7,7 @@ source checkpoint therefore keeps its name. Layers that keep their softmax are t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -21,7 +21,7 @@ from linearize.families.base import Family
 from linearize.hf.cache import state_layer
 from linearize.kept import AS_IN_SOURCE, Kept, KeptAttention, QueryScale
 from linearize.mixers.base import Context, Find, Mixer, State, build_mixer, config_from_dict
-from linearize.source_weights import SourceWeights
+from linearize.snapshot import Snapshot
 
 
 class Call(NamedTuple):
@@ -176,17 +176,17 @@ def swapped(model: nn.Module) -> dict[str, SwappedAttention]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SwappedAttention)}
 
 
-def source_weights(model: nn.Module) -> SourceWeights:
-    """What the model remembers of its source, for each model one object."""
+def source_weights(model: nn.Module) -> Snapshot:
+    """The source's values of what training changed in the model, for each model one object."""
     if "source_weights" not in vars(model):
-        model.source_weights = SourceWeights()  # type: ignore[assignment]
+        model.source_weights = Snapshot()  # type: ignore[assignment]
     return model.source_weights  # type: ignore[return-value]
 
 
 @contextmanager
-def student_path(module: nn.Module, weights: SourceWeights) -> Iterator[None]:
+def student_path(module: nn.Module, weights: Snapshot) -> Iterator[None]:
     """Inside the context, and inside `teacher_path` of a model with these weights, a module of it is the student's."""
-    with _on_path(module, teacher=False), weights.as_trained():
+    with softmax_path(module, False), _adapters(module, True), weights.as_trained():
         yield
 
 
@@ -195,27 +195,38 @@ def teacher_path(model: nn.Module) -> Iterator[None]:
     """Inside the context the model is the source: swapped layers run softmax attention, not their mixers, kept ones the
     source's, adapters are off, and tensors that training changed have the values that `source_weights` kept.
     """
-    with _on_path(model, teacher=True), source_weights(model).as_in_source():
+    with softmax_path(model), _adapters(model, False), source_weights(model).as_kept():
         yield
 
 
 @contextmanager
-def _on_path(model: nn.Module, teacher: bool) -> Iterator[None]:
-    layers = [m for m in model.modules() if isinstance(m, SwappedAttention | KeptAttention)]
-    adapters: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-    before = [layer.teacher for layer in layers], [a._disable_adapters for a in adapters]
-
-    def choose(teachers: Iterable[bool], without: Iterable[bool]) -> None:
-        for layer, value in zip(layers, teachers, strict=True):
-            layer.teacher = value
-        for adapter, value in zip(adapters, without, strict=True):
-            adapter._disable_adapters = value  # peft's own method also changes what requires gradients
-
-    choose([teacher] * len(layers), [teacher] * len(adapters))
+def softmax_path(module: nn.Module, on: bool = True) -> Iterator[None]:
+    """Inside the context layers run the source's attention in place of mixers (or not, if `on` is False), with the
+    weights and adapters that they have.
+    """
+    layers = [m for m in module.modules() if isinstance(m, SwappedAttention | KeptAttention)]
+    before = [layer.teacher for layer in layers]
+    for layer in layers:
+        layer.teacher = on
     try:
         yield
     finally:
-        choose(*before)
+        for layer, value in zip(layers, before, strict=True):
+            layer.teacher = value
+
+
+@contextmanager
+def _adapters(module: nn.Module, on: bool) -> Iterator[None]:
+    """peft's own method also changes what requires gradients."""
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = not on
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
 
 
 def mixer_specs(description: Mapping[str, Any], find: Find) -> list[tuple[type[Mixer], Any] | None]:

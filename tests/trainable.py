@@ -24,6 +24,27 @@ def write_documents(path: Path, documents: int = 120, seed: int = 0) -> Path:
     return path
 
 
+def write_pairs(path: Path, pairs: int = 60, seed: int = 0) -> Path:
+    """A .jsonl file of prompts with two replies each; the chosen one is about cats, the rejected one about dogs."""
+    rng = random.Random(seed)
+    rows = [
+        {
+            "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 3))),
+            "chosen": f" cat{' sat' * rng.randint(0, 2)}",
+            "rejected": f" dogs{' saw' * rng.randint(0, 2)}",
+        }
+        for _ in range(pairs)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(folder: Path, tokenizer: Any, **settings: Any) -> PackedDataset:
+    """Preference pairs in rows of 32 tokens."""
+    config = {"source": str(write_pairs(folder / "pairs.jsonl")), "format": "preference", "seq_len": 32, **settings}
+    return prepare(DataConfig(**config), tokenizer, cache_dir=folder / "cache")
+
+
 def dataset(folder: Path, tokenizer: Any, **settings: Any) -> PackedDataset:
     """Packed rows of 32 tokens with several documents each; `packing=False` gives padded rows instead."""
     source = write_documents(folder / "train.jsonl")

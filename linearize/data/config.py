@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from linearize.schema import Count, Strict
 
@@ -27,11 +27,12 @@ class DataConfig(Strict):
     streaming: bool = Field(
         False, description="Read the Hub dataset while it arrives instead of downloading all of it first."
     )
-    format: Literal["auto", "text", "chat", "instruction"] = Field(
+    format: Literal["auto", "text", "chat", "instruction", "preference"] = Field(
         "auto",
         description="What a row is: text, a chat (list of messages, rendered by the tokenizer's chat "
-        "template, or as `role: content` lines without one), or an Alpaca instruction with its output. auto "
-        "decides by the columns.",
+        "template, or as `role: content` lines without one), an Alpaca instruction with its output, or a preference: a "
+        "pair of replies, columns chosen and rejected, that are texts or lists of messages. auto decides by the "
+        "columns among the first three. Pairs are padded, never packed, and their prompts never predicted.",
     )
     text_column: str | None = Field(
         None, description="Column with the text or the messages. Default: text, messages or conversations."
@@ -53,3 +54,15 @@ class DataConfig(Strict):
     recall_fraction: float = Field(
         0.0, ge=0, lt=1, description="Share of sequences that are synthetic recall documents."
     )
+
+    @property
+    def item_rows(self) -> int:
+        """Rows that belong together: 2 where the data are pairs, else 1."""
+        return 2 if self.format == "preference" else 1
+
+    @model_validator(mode="after")
+    def _pairs_are_of_their_own_kind(self) -> DataConfig:
+        for key, value in (("recall_fraction", self.recall_fraction), ("text_column", self.text_column)):
+            if self.format == "preference" and value:
+                raise ValueError(f"format: preference reads pairs, for which {key}: {value} has no meaning; remove it")
+        return self

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.data.config import DataConfig
 from linearize.data.packing import Row, pack, pad_each, with_recall
+from linearize.data.preference import pair_rows
 from linearize.data.sources import Document, open_source, tokenized
 from linearize.errors import UserError, disk_full
 from linearize.ops.documents import positions
@@ -40,6 +42,11 @@ class Rows(Protocol):
 
     seq_len: int
 
+    @property
+    def item_tokens(self) -> int:
+        """Tokens that belong together: those of a sequence, or of the two of a pair."""
+        ...
+
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -53,6 +60,8 @@ class Rows(Protocol):
 
 class PackedDataset:
     """Sequences of `seq_len` tokens in a folder that `prepare` wrote, read when they are asked for.
+
+    Its items are single rows, or pairs of rows where the data are preferences.
 
     Raises:
         UserError: when the folder is not a complete prepared data set.
@@ -70,11 +79,18 @@ class PackedDataset:
             ) from error
         self.seq_len: int = self.info["seq_len"]
         self.shuffle: bool = self.info["shuffle"]
+        self.item_rows: int = self.info.get("item_rows", 1)
+        """Rows of an item: 2 where it is a pair, the chosen row first."""
         self._ends = np.cumsum([len(shard["lengths"]) for shard in self._shards])
 
     def __len__(self) -> int:
-        """Number of sequences."""
-        return int(self._ends[-1])
+        """Number of items."""
+        return int(self._ends[-1]) // self.item_rows
+
+    @property
+    def item_tokens(self) -> int:
+        """Tokens of an item, padding counted."""
+        return self.item_rows * self.seq_len
 
     @property
     def tokens(self) -> int:
@@ -82,14 +98,17 @@ class PackedDataset:
         return self.info["tokens"]
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The sequences at `indices`: input_ids, labels, position_ids, maybe attention_mask, `[B, T]` int64.
+        """The items at `indices`: input_ids, labels, position_ids, maybe attention_mask, `[B, T]` int64.
+
+        B is their number, of pairs twice that: chosen and rejected rows in turn.
 
         Labels follow HF: they stand at the index of their token, the loss shifts them. They are -100 on
         padding, on prompts if only completions train, and on the first token of every document, which nothing
         precedes. position_ids restart at 0 with every packed document; attention_mask is there only if a row
         is padded.
         """
-        rows = [self._row(int(index)) for index in indices]
+        each = range(self.item_rows)
+        rows = [self._row(int(index) * self.item_rows + part) for index in indices for part in each]
         ids, documents, trained, lengths = (torch.stack(part) for part in zip(*rows, strict=True))
         batch = {"input_ids": ids.long(), "labels": ids.long().masked_fill(~trained, -100)}
         batch["position_ids"] = positions(documents)[1]
@@ -98,7 +117,7 @@ class PackedDataset:
         return batch
 
     def order(self, seed: int, epoch: int) -> torch.Tensor:
-        """Indices `[len(self)]` of all sequences in the order of this epoch; 0, 1, 2, ... without shuffle."""
+        """Indices `[len(self)]` of all items in the order of this epoch; 0, 1, 2, ... without shuffle."""
         if not self.shuffle:
             return torch.arange(len(self))
         # hashed, because the CPU generator takes no more than the low 32 bits of a seed
@@ -107,8 +126,8 @@ class PackedDataset:
         return torch.randperm(len(self), generator=generator)
 
     def _row(self, index: int) -> tuple[torch.Tensor, ...]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
+        if not 0 <= index < self._ends[-1]:
+            raise IndexError(f"row {index} of {self._ends[-1]}")
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[shard])  # negative: counted from the shard's end
         return tuple(self._shards[shard][name][row] for name in _TENSORS)
@@ -117,9 +136,9 @@ class PackedDataset:
 def batches(
     dataset: Rows, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of `batch_size` sequences from step `start_step` on, epoch after epoch.
+    """Endless batches of `batch_size` items from step `start_step` on, epoch after epoch.
 
-    A step takes the next `world * batch_size` sequences of the epochs' orders, of which this `rank` gets its
+    A step takes the next `world * batch_size` items of the epochs' orders, of which this `rank` gets its
     part.
     """
     epoch, order = -1, torch.empty(0)
@@ -194,6 +213,8 @@ def read_tokens(
 
 def tokens_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> torch.Tensor:
     """As `read_tokens`, for a source that needs more said about it, such as its text column."""
+    if config.item_rows > 1:
+        raise UserError(f"data.source={config.source!r} holds pairs of replies (data.format=preference), not texts")
     eos = tokenizer.eos_token_id is not None
     config = config.model_copy(update={"shuffle": False, "eos_between_documents": eos})
     rows, _ = open_source(config, None)
@@ -221,20 +242,16 @@ def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, origin: list) -
 
 def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, folder: Path) -> None:
     """Write shards and, last, meta.json into `folder`."""
-    counter = {"documents": 0, "tokens": 0}
-    documents = _counted(tokenized(rows, config, tokenizer), counter, config)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    packed = pack(documents, config.seq_len) if config.packing else pad_each(documents, config.seq_len, pad)
-    if config.recall_fraction:
-        packed = with_recall(packed, config.recall_fraction, config.seq_len, tokenizer, config.seed)
+    counter: Counter[str] = Counter(documents=0, tokens=0)
     tokens = 0
     shards: list[str] = []
     pending: list[Row] = []
-    for row in packed:
-        if config.max_tokens is not None and tokens and tokens + row[3] > config.max_tokens:
+    for item in _items(config, tokenizer, rows, counter):
+        real = sum(row[3] for row in item)
+        if config.max_tokens is not None and tokens and tokens + real > config.max_tokens:
             break
-        tokens += row[3]
-        pending.append(row)
+        tokens += real
+        pending += item
         if len(pending) * config.seq_len >= _SHARD_TOKENS:
             shards.append(_save(pending, folder, len(shards)))
             pending = []
@@ -243,11 +260,26 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
     if not shards:
         raise UserError(_too_little(config, counter))
     meta = {"seq_len": config.seq_len, "shuffle": config.shuffle, "tokens": tokens, "shards": shards}
-    meta |= {"documents": counter["documents"], "config": config.model_dump()}
+    meta |= {"item_rows": config.item_rows, "config": config.model_dump(), **counter, "tokens": tokens}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _counted(documents: Iterator[Document], counter: dict[str, int], config: DataConfig) -> Iterator[Document]:
+def _items(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, counter: Counter[str]
+) -> Iterator[tuple[Row, ...]]:
+    """Rows that belong together, in the order of the data."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    if config.item_rows > 1:
+        yield from pair_rows(rows, config, tokenizer, pad, counter)
+        return
+    documents = _counted(tokenized(rows, config, tokenizer), counter, config)
+    packed = pack(documents, config.seq_len) if config.packing else pad_each(documents, config.seq_len, pad)
+    if config.recall_fraction:
+        packed = with_recall(packed, config.recall_fraction, config.seq_len, tokenizer, config.seed)
+    yield from ((row,) for row in packed)
+
+
+def _counted(documents: Iterator[Document], counter: Counter[str], config: DataConfig) -> Iterator[Document]:
     with tqdm(desc="tokenising", unit="tok", unit_scale=True, total=config.max_tokens) as bar:
         for document in documents:
             counter["documents"] += 1
@@ -267,7 +299,7 @@ def _save(rows: list[Row], folder: Path, number: int) -> str:
     return name
 
 
-def _too_little(config: DataConfig, counter: dict[str, int]) -> str:
+def _too_little(config: DataConfig, counter: Mapping[str, int]) -> str:
     what = f"data.source={config.source!r} (split {config.split!r})"
     if not counter["tokens"]:
         return f"{what} has no text: all documents are empty; choose other data or another data.text_column"

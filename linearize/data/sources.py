@@ -194,7 +194,7 @@ def _encoder(
 
     def encode_text(batch: dict[str, list]) -> Encoded:
         texts = [text for text in batch[column] if text and not text.isspace()]
-        return [(ids, [False] * len(ids)) for ids in _ids(tokenizer, texts)] if texts else []
+        return [(ids, [False] * len(ids)) for ids in token_ids(tokenizer, texts)] if texts else []
 
     return encode_text
 
@@ -215,11 +215,12 @@ def _column(row: dict[str, Any], config: DataConfig) -> tuple[str, str]:
         return "instruction", "instruction"
     raise UserError(
         f"data.source={config.source!r} has no column that fits data.format={config.format}; its columns are "
-        f"{', '.join(columns)}. Name the one with the text: data.text_column=..."
+        f"{', '.join(columns)}. Name the one with the text: data.text_column=...; pairs chosen and rejected are "
+        "data.format=preference"
     )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True) -> list[list[int]]:
     # verbose=False: long documents are cut later, a warning that they exceed the context would mislead
     return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
@@ -233,7 +234,9 @@ def _encode_instructions(batch: dict[str, list], tokenizer: PreTrainedTokenizerB
         (_ALPACA_INPUT if context else _ALPACA).format(instruction=instruction, input=context)
         for instruction, context, _ in rows
     ]
-    pairs = zip(_ids(tokenizer, prompts), _ids(tokenizer, [row[2] for row in rows], special=False), strict=True)
+    pairs = zip(
+        token_ids(tokenizer, prompts), token_ids(tokenizer, [row[2] for row in rows], special=False), strict=True
+    )
     return [(prompt + output, [True] * len(prompt) + [False] * len(output)) for prompt, output in pairs]
 
 
@@ -241,15 +244,15 @@ def _encode_chat(
     messages: list[dict[str, str]], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation; what the assistant says is completion, everything else prompt."""
-    turns = [_turn(message, config) for message in messages]
-    ids = _render(turns, tokenizer)
+    turns = [as_turn(message, config) for message in messages]
+    ids = render(turns, tokenizer)
     if not config.completion_only:
         return ids, [False] * len(ids)
     prompt = [True] * len(ids)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before, after = _render(turns[:i], tokenizer, reply=True), _render(turns[: i + 1], tokenizer)
+        before, after = render(turns[:i], tokenizer, reply=True), render(turns[: i + 1], tokenizer)
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise UserError(
                 "the tokenizer's chat template rewrites earlier turns, so replies cannot be told from "
@@ -259,7 +262,7 @@ def _encode_chat(
     return ids, prompt
 
 
-def _turn(message: Any, config: DataConfig) -> dict[str, str]:
+def as_turn(message: Any, config: DataConfig) -> dict[str, str]:
     """One message as `{"role": ..., "content": ...}`, from either of the two usual spellings."""
     role: Any = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
     if role is None:
@@ -271,12 +274,12 @@ def _turn(message: Any, config: DataConfig) -> dict[str, str]:
     return {"role": _ROLES.get(role, role), "content": content}
 
 
-def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False) -> list[int]:
+def render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False) -> list[int]:
     """Tokens of `turns` by the chat template, or of one `role: content` line each where there is none."""
     if tokenizer.chat_template:
         encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=reply, return_dict=True)
         return encoded["input_ids"]
     lines = [part for turn in turns for part in (f"{turn['role']}:", f" {turn['content']}\n")]
     lines += ["assistant:"] if reply else []
-    pieces = _ids(tokenizer, lines, special=False) if lines else []
+    pieces = token_ids(tokenizer, lines, special=False) if lines else []
     return leading_bos(tokenizer) + [token for piece in pieces for token in piece]

@@ -55,7 +55,7 @@ def export(
         raise UserError(f"the model has LoRA layers, such as {lora[0]}; merge them or use `export_adapter`")
     if native:
         model = native_model(model)
-    with _staged(out) as folder:
+    with staged(out) as folder:
         _write(model, tokenizer, folder, max_shard_size, extra_files or {})
     return out
 
@@ -77,7 +77,7 @@ def export_adapter(
     _check_converted(model)
     for peft_config in model.peft_config.values():
         peft_config.base_model_name_or_path = None  # it lies in the folder above, wherever that is moved
-    with _staged(out) as folder:
+    with staged(out) as folder:
         model.save_pretrained(folder / ADAPTER, safe_serialization=True)
         (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # a template without content
         _write(model.unload(), tokenizer, folder, max_shard_size, extra_files or {})
@@ -98,7 +98,7 @@ def _write(model: Any, tokenizer: Any, folder: Path, max_shard_size: str, extra_
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """A folder to write into; on success its files move to `out`, `config.json` last.
 
     It lies beside a new `out`, and inside one that exists, because that may be a mount point or a link to another

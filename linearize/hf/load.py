@@ -59,8 +59,8 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     config = load_config(path_or_repo, **options)
     if _is_local(path_or_repo):
-        for name in _weight_files(Path(source)):
-            _check_weights(Path(source) / name)
+        for name in weight_files(Path(source)):
+            check_weights(Path(source) / name)
     if attn_implementation is None and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         attn_implementation = "eager"  # sdpa, which transformers 5.17 takes by itself, does not cap logits
     loader: Any = getattr(transformers, _auto_class(config))
@@ -99,7 +99,7 @@ def load_config(path_or_repo: str | Path, *, trust_remote_code: bool = False, re
     register()
     source = _source(path_or_repo)
     if _is_local(path_or_repo):
-        _check_folder(Path(source))
+        check_folder(Path(source))
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
     except OSError as error:
@@ -116,7 +116,8 @@ def _is_local(path_or_repo: str | Path) -> bool:
     return Path(text).expanduser().exists() or (looks and os.sep in text)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raise a UserError for what is no folder with a configuration."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}; give a checkpoint's folder, or a hub repository such as org/name")
@@ -124,7 +125,8 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no config.json, so it is not a finished Hugging Face checkpoint")
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that hold a checkpoint's weights."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if (folder / INDEX).is_file():
@@ -135,7 +137,7 @@ def _weight_files(folder: Path) -> list[str]:
     raise UserError(f"{folder} has a config.json but no weights ({SINGLE} or {INDEX}); {hint}")
 
 
-def _check_weights(file: Path) -> None:
+def check_weights(file: Path) -> None:
     """Read the header, which tells the size that the file must have."""
     try:
         with safe_open(file, framework="pt"):

@@ -1,7 +1,8 @@
-"""The stage contract: train some named tensors of a swapped model and leave every other tensor bit-identical.
+"""The stage contract: change some named tensors of a swapped model and leave every other tensor bit-identical.
 
 `Stage.run` is the whole life of a stage: choose and prepare the trained tensors, train them in float32 on the shared
-loop, and write what changed to `result.safetensors`, from which a resumed conversion restores instead of training.
+loop, and write what changed to `result.safetensors`, from which a resumed conversion restores instead of training. A
+stage that does not train derives from `Edit` and says what it changes in `edit`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from linearize.data import PackedDataset, Rows
+from linearize.data import DataConfig, PackedDataset, Rows
 from linearize.errors import UserError, disk_full
 from linearize.families.base import Family
 from linearize.swap import source_weights
 from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
-from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics, train
 from linearize.training.processes import is_main
 
@@ -32,7 +32,12 @@ class Stage:
         family: the model's architecture.
     """
 
-    Config: ClassVar[type[TrainingConfig]]
+    Config: ClassVar[type[Any]]
+    """Its settings: a `TrainingConfig`, or of an `Edit` a `StageConfig`."""
+    trains: ClassVar[bool] = True
+    """Whether it takes optimiser steps on data."""
+    item_rows: ClassVar[int] = 1
+    """Rows of data that belong together: 2 where it trains on pairs of replies."""
     dropout: ClassVar[bool] = True
     """Whether the model is in training mode while the stage runs, with the dropout that its config asks for."""
     end_to_end: ClassVar[bool] = True
@@ -66,6 +71,17 @@ class Stage:
                         f"stage {self.config.type}: {key} pattern {pattern!r} matches nothing that trains; what trains "
                         f"looks like {', '.join(names[:3])}"
                     )
+
+    def check_data(self, own: DataConfig, recipe: DataConfig) -> None:
+        """Raise errors that the data cause: the stage's `own`, and the recipe's, from which they may differ."""
+        if own.item_rows != self.item_rows:
+            needs, remedy = "texts", "text"
+            if self.item_rows > 1:
+                needs, remedy = "pairs of replies", "preference"
+            raise UserError(
+                f"stage {self.config.type} trains on {needs}, and its data.format is {own.format}; give the stage data "
+                f"of its own, data: {{source: ..., format: {remedy}}}"
+            )
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         """Ready the model for this stage (hooks, adapters) and return the parameters to train, by full name."""
@@ -144,13 +160,13 @@ class Stage:
         return dtypes, parameters
 
     def run(
-        self, model: Any, data: PackedDataset, folder: Path, resume: bool = False, keep_source: bool = False
+        self, model: Any, data: PackedDataset | None, folder: Path, resume: bool = False, keep_source: bool = False
     ) -> float:
         """Run the stage, or restore its result when `resume` finds it finished.
 
         Args:
             model: a swapped model; changed in place.
-            data: packed sequences.
+            data: packed sequences; None for a stage that does not train.
             folder: the stage's own folder, for metrics, checkpoints and the result.
             resume: continue from what an earlier, interrupted run left in `folder`.
             keep_source: whether a later stage needs the source model.
@@ -166,6 +182,17 @@ class Stage:
                 self.restore(model, tensors)
             self.tidy(folder)
             return state["seconds"]
+        seconds, changed = self.work(model, data, folder, resume)
+        if is_main():
+            write_tensors(result, changed, {"type": self.config.type, "seconds": seconds})
+            self.tidy(folder)
+        return seconds
+
+    def work(
+        self, model: Any, data: PackedDataset | None, folder: Path, resume: bool
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        """What `run` does where there is no result yet; returns seconds of training, and what `finish` does."""
+        assert data is not None, f"stage {self.config.type} trains, and was given no data"
         rows = self.rows(model, data, folder, resume)
         dtypes, parameters = self.begin(model)
         if self.config.gradient_checkpointing:
@@ -189,11 +216,24 @@ class Stage:
             p.data = p.data.to(dtypes[name])
             p.requires_grad_(False)
         with torch.no_grad():
-            changed = self.finish(model, parameters)
-        if is_main():
-            write_tensors(result, changed, {"type": self.config.type, "seconds": seconds})
-            self.tidy(folder)
-        return seconds
+            return seconds, self.finish(model, parameters)
+
+
+class Edit(Stage):
+    """Base class of stages that change a model without training. `Config` is a `StageConfig`."""
+
+    trains = False
+    end_to_end = False
+
+    def edit(self, model: Any) -> dict[str, torch.Tensor]:
+        """Change the model in place, after `remember`; returns what changed, as `finish` does."""
+        raise NotImplementedError
+
+    def work(
+        self, model: Any, data: PackedDataset | None, folder: Path, resume: bool
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        with torch.no_grad():
+            return 0.0, self.edit(model)
 
 
 def _is_of_source(name: str) -> bool:

@@ -5,7 +5,7 @@ Source of the usual settings (LoRA rank 8 on q, k, v, o at 1e-4): LoLCATs (arXiv
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -23,8 +23,7 @@ class FinetuneConfig(TunedConfig):
 class Finetune(Tuned):
     """See the module docstring."""
 
-    Config = FinetuneConfig
-    config: FinetuneConfig
+    Config: ClassVar[type[TunedConfig]] = FinetuneConfig
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
         hidden, targets = self.hidden(model, batch)

@@ -1,19 +1,24 @@
-"""The settings that every training stage has; a stage's own settings extend them."""
+"""The settings that every stage has, and those of stages that train; a stage's own settings extend them."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from linearize.schema import Count, Strict
 
 
-class TrainingConfig(Strict):
-    """Settings of the training loop. Sizes are counted over all processes."""
+class StageConfig(Strict):
+    """What every stage has, whether it trains or not."""
 
     type: str = Field(description="Which stage: the name of a file in linearize/stages, or module:Class.")
+
+
+class TrainingConfig(StageConfig):
+    """Settings of the training loop. Sizes are counted over all processes."""
+
     tokens: Count = Field(gt=0, description="Training tokens of this stage, for example 20M.")
     batch_size: int = Field(8, gt=0, description="Sequences per optimiser step.")
     micro_batch_size: int | None = Field(
@@ -23,6 +28,9 @@ class TrainingConfig(Strict):
         "among the processes.",
     )
     seq_len: int | None = Field(None, gt=0, description="Tokens per sequence. Default: data.seq_len.")
+    data: dict[str, Any] = Field(
+        {}, description="What this stage trains on: keys of `data` that differ from the recipe's; all others are its."
+    )
     lr: float = Field(gt=0, description="Peak learning rate.")
     lrs: dict[str, float] = Field(
         {},
@@ -86,7 +94,7 @@ class TrainingConfig(Strict):
         return self
 
     def steps(self, seq_len: int) -> int:
-        """Optimiser steps of `batch_size` sequences that reach `tokens`."""
+        """Optimiser steps of `batch_size` sequences (or pairs) of `seq_len` tokens that reach `tokens`."""
         return math.ceil(self.tokens / (self.batch_size * seq_len))
 
     def trained_tokens(self, seq_len: int) -> int:

@@ -70,7 +70,7 @@ def train(
     accelerator = _accelerator(folder, device)
     world, rank = accelerator.num_processes, accelerator.process_index
     micro, accumulate = _split(config, world)
-    per_step, steps = config.batch_size * data.seq_len, config.steps(data.seq_len)
+    per_step, steps = config.batch_size * data.item_tokens, config.steps(data.item_tokens)
     optimizer = adamw(_groups(parameters, lr_scale), config)
     start, seconds, plateau = 0, 0.0, Plateau(config.plateau_patience)
     average = Average(config.ema, parameters) if config.ema is not None else None

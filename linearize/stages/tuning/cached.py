@@ -88,7 +88,7 @@ class WithPredictions:
 
     def __init__(self, folder: Path, data: PackedDataset, rows: Sequence[int], facts: dict[str, Any]):
         self.data = data
-        self.seq_len = data.seq_len
+        self.seq_len, self.item_tokens = data.seq_len, data.item_tokens
         self._place: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for number, part in enumerate(shards(data, rows, facts["top_k"])):
             log_probs, tokens, counts = _read(_path(folder, number), {**facts, "rows": part})

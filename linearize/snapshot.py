@@ -1,8 +1,9 @@
-"""The source model's values of tensors that training changes, so that a converted model can still be its own teacher.
+"""Values that parameters had at an earlier time, so that a model in training can still be what it was then.
 
 A model whose q_proj has been fine-tuned no longer computes the source's attention, whichever path its layers take.
-Stages therefore keep what they are about to change, and `linearize.swap.teacher_path` puts it back while it lasts. Only
-changed tensors are held twice, and only where a stage needs the teacher.
+Stages therefore keep what they are about to change, and `linearize.swap.teacher_path` puts it back while it lasts. A
+stage whose loss compares with its own beginning keeps a snapshot of its own. Only changed tensors are held twice, and
+only where something needs the earlier model.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import torch
 from torch import nn
 
 
-class SourceWeights:
-    """Parameters that training changes, with the source's values of them."""
+class Snapshot:
+    """Parameters that training changes, with the values that they had before it.
+
+    Contexts of several snapshots may be nested; those inside must end first.
+    """
 
     def __init__(self) -> None:
         self._other: dict[nn.Parameter, torch.Tensor] = {}
         self.active = False
-        """Whether the parameters hold the source's values at the moment."""
+        """Whether the parameters hold the kept values at the moment."""
 
     def keep(self, parameters: Iterable[nn.Parameter]) -> None:
         """Remember the present values of those that have none yet; call it before the first change."""
@@ -29,15 +33,20 @@ class SourceWeights:
             if p not in self._other:
                 self._other[p] = p.data.clone()
 
+    def kept(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """The value that was kept of a parameter; None for one that has not changed."""
+        assert not self.active
+        return self._other.get(parameter)
+
     @contextmanager
-    def as_in_source(self) -> Iterator[None]:
-        """Inside the context the parameters hold the source's values; nested uses do nothing more."""
+    def as_kept(self) -> Iterator[None]:
+        """Inside the context the parameters hold the kept values; nested uses do nothing more."""
         with self._set(True):
             yield
 
     @contextmanager
     def as_trained(self) -> Iterator[None]:
-        """Inside the context, and inside `as_in_source`, they hold the trained values again."""
+        """Inside the context, and inside `as_kept`, they hold the trained values again."""
         with self._set(False):
             yield
 

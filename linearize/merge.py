@@ -1,0 +1,179 @@
+"""Averages checkpoints of one architecture: `merge(["a", "b"], "out")` writes the mean of their tensors.
+
+Model soups (Wortsman et al. 2022, arXiv:2203.05482). Tensors are averaged in float32, one at a time; in memory is one
+shard of the result, whatever the number and the size of the models. Works for converted checkpoints and all others in
+safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from linearize.errors import UserError
+from linearize.hf.export import ADAPTER, staged
+from linearize.hf.load import check_folder, check_weights, weight_files
+from linearize.schema import differences
+
+VOLATILE = {"transformers_version", "_name_or_path"}
+"""What the configurations of the same model may say differently."""
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+"""Endings of files with weights, of which only the averaged ones are written."""
+
+
+class _Checkpoint:
+    """A folder's tensors, read one at a time."""
+
+    def __init__(self, folder: Path):
+        check_folder(folder)
+        for adapter in (folder / ADAPTER / "adapter_config.json", folder / "adapter_config.json"):
+            if adapter.is_file():
+                raise UserError(f"{folder} holds a LoRA adapter ({adapter.name}); merge it into the weights first")
+        self.folder = folder
+        self.files = weight_files(folder)
+        for name in self.files:
+            check_weights(folder / name)
+        self.readers = {name: safe_open(folder / name, framework="pt") for name in self.files}
+        self.place = {key: name for name, reader in self.readers.items() for key in reader.keys()}  # noqa: SIM118
+
+    def kind(self, key: str) -> tuple[list[int], str]:
+        """Shape and dtype of a tensor, from the header alone."""
+        part = self.readers[self.place[key]].get_slice(key)
+        return part.get_shape(), part.get_dtype()
+
+    def read(self, key: str) -> torch.Tensor:
+        return self.readers[self.place[key]].get_tensor(key)
+
+
+def merge(folders: Sequence[str | Path], out: str | Path, weights: Sequence[float] | None = None) -> Path:
+    """Write the weighted mean of checkpoints, all of it or nothing.
+
+    The files of the first checkpoint (configuration, tokenizer, code, recipe) are copied, with a note in its model card
+    and recipe; what lies in folders, such as a conversion's `run`, is not.
+
+    Args:
+        folders: two or more local checkpoints with the same configuration, tensors, shapes and types.
+        out: a folder that does not exist yet.
+        weights: one for each, from 0 to 1, that sum to 1. Default: the same for all.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: for checkpoints that are incomplete, differ or hold an adapter, for weights that do not fit, for
+            whole numbers that differ, for an existing `out`, and a full disk; nothing is written.
+    """
+    paths, out = [Path(folder).expanduser() for folder in folders], Path(out).expanduser()
+    shares = _shares(paths, weights)
+    if out.exists():
+        raise UserError(f"output folder {out} exists; choose another with -o, or remove it")
+    checkpoints = [_Checkpoint(path) for path in paths]
+    for other in checkpoints[1:]:
+        _check_same(checkpoints[0], other)
+    with staged(out) as folder:
+        for name in checkpoints[0].files:
+            keys = [key for key, place in checkpoints[0].place.items() if place == name]
+            save_file(
+                {key: mean(key, [checkpoint.read(key) for checkpoint in checkpoints], shares) for key in keys},
+                folder / name,
+                checkpoints[0].readers[name].metadata(),
+            )
+        _copy(paths, shares, folder)
+    return out
+
+
+def mean(key: str, tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    """The weighted mean in the tensors' own type; where all are equal, exactly what they are.
+
+    Args:
+        key: the tensors' name, for errors.
+        tensors: of one shape and type.
+        shares: one for each, that sum to 1.
+    """
+    first = tensors[0]
+    if not first.is_floating_point():
+        if any(not torch.equal(first, other) for other in tensors[1:]):
+            raise UserError(f"tensor {key} holds whole numbers ({first.dtype}) that differ, which have no mean")
+        return first
+    wide = torch.promote_types(first.dtype, torch.float32)
+    moved = torch.zeros_like(first, dtype=wide)
+    for share, other in zip(shares[1:], tensors[1:], strict=True):
+        moved += share * (other.to(wide) - first.to(wide))
+    return torch.where(moved == 0, first, (first.to(wide) + moved).to(first.dtype))
+
+
+def _shares(paths: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    if len(paths) < 2:
+        raise UserError(f"merging takes two or more checkpoints, got {len(paths)}")
+    if weights is None:
+        return [1 / len(paths)] * len(paths)
+    if len(weights) != len(paths):
+        raise UserError(f"{len(paths)} checkpoints need as many weights, got {len(weights)}: {_written(weights)}")
+    if not all(0 <= weight <= 1 for weight in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise UserError(
+            f"weights {_written(weights)} must lie from 0 to 1 and sum to 1, and sum to {sum(weights):g}; for equal "
+            "shares leave them out"
+        )
+    return list(weights)
+
+
+def _check_same(first: _Checkpoint, other: _Checkpoint) -> None:
+    where = f"{first.folder} and {other.folder}"
+    configs = [json.loads((each.folder / "config.json").read_text(encoding="utf-8")) for each in (first, other)]
+    if changed := {k: v for k, v in differences(*configs).items() if k not in VOLATILE}:
+        raise UserError(
+            f"{where} differ in their configuration, {_listed(changed)}; only models of one kind have a mean"
+        )
+    if apart := sorted(first.place.keys() ^ other.place.keys()):
+        raise UserError(
+            f"{where} hold different tensors: {len(apart)} are in one alone, such as {apart[0]}; only models of one "
+            "kind have a mean"
+        )
+    for key in first.place:
+        if (a := first.kind(key)) != (b := other.kind(key)):
+            raise UserError(
+                f"{where} differ in tensor {key}: {a[1]} {a[0]} and {b[1]} {b[0]}; convert or export them alike first"
+            )
+
+
+def _copy(paths: Sequence[Path], shares: Sequence[float], folder: Path) -> None:
+    for path in paths[0].iterdir():
+        if path.is_file() and path.suffix not in WEIGHTS and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)
+    said = [f"{share:g} of {path.name}" for share, path in zip(shares, paths, strict=True)]
+    recipes = [_recipe(path) for path in paths]
+    for path, recipe in zip(paths[1:], recipes[1:], strict=True):
+        if recipes[0] is not None and recipe is not None and (changed := differences(recipes[0], recipe)):
+            said.append(f"the recipe of {path.name} differs in {_listed(changed)}")
+    if (card := folder / "README.md").is_file() or recipes[0] is not None:
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        note = "\n".join(f"- {line}" for line in said)
+        about = f"The weights are an average; what is said above was measured on {paths[0].name} alone."
+        card.write_text(f"{text.rstrip()}\n\n## Merged\n\n{about}\n\n{note}\n".lstrip(), encoding="utf-8")
+    if recipes[0] is not None:
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        note = "".join(f"# {line}\n" for line in ("Recipe of the first of the checkpoints that were averaged:", *said))
+        (folder / "recipe.yaml").write_text(note + text, encoding="utf-8")
+
+
+def _recipe(path: Path) -> Any:
+    file = path / "recipe.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    shown = [f"{key} ({one!r}, {other!r})" for key, (one, other) in list(changed.items())[:5]]
+    return ", ".join(shown) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+
+
+def _written(weights: Sequence[float]) -> str:
+    return ",".join(f"{weight:g}" for weight in weights)
