@@ -51,19 +51,28 @@ def read_batch(
     """Turn Hugging Face's mask and position ids into a `Batch`.
 
     Args:
-        attention_mask: [B, past + T], 1 for real tokens; an absent mask, a 4-D one or several by kind of layer say
-            nothing about padding.
+        attention_mask: [B, past + T], 1 for real tokens; an absent mask, or several by kind of layer, say nothing about
+            padding.
         position_ids: [B or 1, T], or [4, B, T] of which the first are the text's (Qwen2.5-VL); where they do not rise
             by one, a packed document begins (only read without a mask and without a past, as Hugging Face's own masks
             do).
         rows: B.
         tokens: T.
         has_past: whether a cache already holds tokens.
+
+    Raises:
+        ValueError: for a mask of who sees whom, [B, 1, T, past + T], which a recurrence cannot honour.
     """
-    if attention_mask is not None:
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            return NO_BATCH
+    if isinstance(attention_mask, torch.Tensor):
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; mixers read padding from [B, T] and "
+                "cannot follow a mask of who sees whom: give a 2-D one, or for packed documents none, and position_ids "
+                "that begin again at 0 with each"
+            )
         return _padded(attention_mask[:, -tokens:].bool())
+    if attention_mask is not None:
+        return NO_BATCH
     if position_ids is not None and position_ids.ndim == 3 and position_ids.shape[0] == 4:
         position_ids = position_ids[0]
     if position_ids is None or has_past or position_ids.ndim != 2:

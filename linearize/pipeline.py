@@ -74,23 +74,17 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     say(outline(recipe, plan))
     if is_main():
         (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
+    where: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code, "revision": recipe.model.revision}
+    text_only = find("families", plan.family, Family).auto_class == Family.auto_class
+    processor = None if text_only else load_processor(plan.source, **where)
     model, tokenizer = load(
         plan.source,
         dtype=recipe.model.dtype,
         device=default_device(recipe.model.device),
         attn_implementation=recipe.model.attn_implementation,
-        trust_remote_code=recipe.model.trust_remote_code,
-        revision=recipe.model.revision,
+        **where,
     )
-    family = family_of(model.config)
-    processor = tokenizer
-    if family.auto_class != Family.auto_class:
-        processor = load_processor(
-            recipe.resolved_model(),
-            trust_remote_code=recipe.model.trust_remote_code,
-            revision=recipe.model.revision,
-        )
-    stages = stages_of(recipe.stages, family)
+    stages = stages_of(recipe.stages, family_of(model.config))
     data = [
         prepare(recipe.stage_data(s), tokenizer) if stage.trains else None
         for s, stage in zip(recipe.stages, stages, strict=True)
@@ -114,9 +108,9 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
         options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
         if stages and stages[-1].adapter is not None:
-            export_adapter(stages[-1].adapter, processor, out, **options)
+            export_adapter(stages[-1].adapter, processor or tokenizer, out, **options)
         else:
-            export(model, processor, out, native=plan.native is not None, **options)
+            export(model, processor or tokenizer, out, native=plan.native is not None, **options)
     wait_for_all()
     if points.taken:
         say(comparison_table(list(points.taken.items())))

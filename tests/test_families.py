@@ -105,7 +105,7 @@ def test_mixers_see_queries_and_keys_after_the_sources_norm_if_they_ask_for_it(k
     positions = torch.arange(5)[None]
     rotary = getattr(attn.family.base_model(model), "rotary_emb", None)
     kinds = getattr(model.config.get_text_config(), "layer_types", None)
-    wanted = (kinds[0],) if rotary is not None and key == "gemma3_text" else ()
+    wanted = (kinds[0],) if rotary is not None and key in ("gemma3_text", "gemma3") else ()
     position = (
         None if rotary is None else rotary(x, positions.expand(3, 1, 5) if key == "qwen2_5_vl" else positions, *wanted)
     )
@@ -166,11 +166,24 @@ def test_both_stages_train_and_touch_nothing_else(key: str) -> None:
 def test_a_saved_model_reloads_bit_equal(key: str, layers: str, tmp_path: Path) -> None:
     import transformers
 
-    model = converted(key, "gdn", layers)
-    model.save_pretrained(tmp_path)
-    again = getattr(transformers, find_family(key).auto_class).from_pretrained(tmp_path)
+    auto = getattr(transformers, find_family(key).auto_class)
+    pico_model(key).save_pretrained(tmp_path / "source")  # loading it may translate names, which saving must not undo
+    model = auto.from_pretrained(tmp_path / "source")
+    linearized(model, {"mixers": [{"type": "gdn"}], "layers": [0 if letter == "L" else None for letter in layers]})
+    for name, attn in swapped(model).items():
+        attn.mixer.initialise(f"{name}.mixer", seed=0)
+    model.save_pretrained(tmp_path / "converted")
+    again, found = auto.from_pretrained(tmp_path / "converted", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    again.save_pretrained(tmp_path / "once more")
+    _, found = auto.from_pretrained(tmp_path / "once more", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
     assert type(again) is type(model)
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    # Products of experts depend on where in memory loading has put their weights; see docs/concepts.md.
+    exact = {} if any(name.endswith("experts") for name, _ in model.named_modules()) else {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, **exact)
 
 
 @every_family

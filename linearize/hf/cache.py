@@ -26,7 +26,7 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     ordinary one (so that `get_seq_length` works when every layer is linear).
     """
 
-    is_compileable = False  # a state is a new tensor after every step, which a recorded CUDA graph would overwrite
+    is_compileable = True
     is_croppable = False
     supports_early_init = False
 
@@ -143,7 +143,8 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
                 f"layer {index} already holds {tokens} tokens of a softmax layer in this cache; a mixer "
                 "cannot continue from them, so give each path of a model its own cache"
             )
-        layers[index] = layer = StateLayer()
+        records, layer = getattr(layer, "record_past", False), StateLayer()
+        layer.record_past, layers[index] = records, layer
         softmax = [x for x in layers if not isinstance(x, StateLayer) and not getattr(x, "is_sliding", False)]
         for state in (x for x in layers if isinstance(x, StateLayer)):
             state.softmax = softmax[0] if softmax else None

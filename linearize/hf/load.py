@@ -89,9 +89,20 @@ def _auto_class(config: Any) -> str:
 
 
 def load_processor(path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """What turns a vision-language model's text and images into tensors; its tokenizer where there is nothing else."""
+    """What turns a vision-language model's text and images into tensors; its tokenizer where there is nothing else.
+
+    Raises:
+        UserError: when its files, or a package that it needs, are missing.
+    """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    return AutoProcessor.from_pretrained(_source(path_or_repo), **options)
+    try:
+        return AutoProcessor.from_pretrained(_source(path_or_repo), **options)
+    except (OSError, ImportError) as error:
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise UserError(
+            f"{path_or_repo} has no processor that loads: {reason} A model of images is exported with one; add its "
+            "files (such as preprocessor_config.json) to the folder, or install what is missing (often torchvision)"
+        ) from error
 
 
 def load_config(path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

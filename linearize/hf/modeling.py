@@ -79,6 +79,19 @@ def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, 
                     cache.activate_past_recording()
             return result
 
+        def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: Any) -> bool:
+            # A state is a new tensor after every step, which a CUDA graph that is run again would overwrite.
+            chosen = generation_config.compile_config
+            records = chosen is None or chosen.mode not in ("default", "max-autotune-no-cudagraphs")
+            if self.device.type == "cuda" and records:
+                return False
+            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            # Under the names that modules have here: from_pretrained translates a hub's older ones for the source's
+            # class, but not for this one.
+            return super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
+
         @staticmethod
         def create_masks_for_generate(
             config: Any, inputs_embeds: Any, attention_mask: Any, *args: Any, **kwargs: Any
