@@ -107,7 +107,8 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             if replay is None:
                 raise NotImplementedError(
                     f"cannot drop the last {remove} tokens from a mixer's state: its past was not recorded; "
-                    "call `cache.activate_past_recording()` before they are added"
+                    "call `cache.activate_past_recording()` before they are added, once a first forward has put the "
+                    "model's states into the cache"
                 )
             kept = max(tokens - remove, 0)
             self.state = replay(past, kept) if kept else past
@@ -143,8 +144,7 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
                 f"layer {index} already holds {tokens} tokens of a softmax layer in this cache; a mixer "
                 "cannot continue from them, so give each path of a model its own cache"
             )
-        records, layer = getattr(layer, "record_past", False), StateLayer()
-        layer.record_past, layers[index] = records, layer
+        layers[index] = layer = StateLayer()
         softmax = [x for x in layers if not isinstance(x, StateLayer) and not getattr(x, "is_sliding", False)]
         for state in (x for x in layers if isinstance(x, StateLayer)):
             state.softmax = softmax[0] if softmax else None

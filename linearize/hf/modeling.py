@@ -82,7 +82,7 @@ def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, 
         def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: Any) -> bool:
             # A state is a new tensor after every step, which a CUDA graph that is run again would overwrite.
             chosen = generation_config.compile_config
-            records = chosen is None or chosen.mode not in ("default", "max-autotune-no-cudagraphs")
+            records = chosen is None or chosen.mode in ("reduce-overhead", "max-autotune")
             if self.device.type == "cuda" and records:
                 return False
             return super()._valid_auto_compile_criteria(model_kwargs, generation_config)

@@ -9,7 +9,7 @@ import torch
 from conftest import small_mixer
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from linearize import registry
 from linearize.hf.auto import find_class
@@ -59,6 +59,17 @@ def test_models_compile_without_graph_breaks(converted: Any, key: str, layers: s
     longer = {"attention_mask": torch.nn.functional.pad(mask, (0, 5), value=1)}
     following, wanted = (model(more, past_key_values=x.past_key_values, **longer).logits for x in (found, expected))
     torch.testing.assert_close(following, wanted)
+
+
+def test_generation_records_no_cuda_graphs_of_states(converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would overwrite the states that they returned. Without them, compiling is what the user asks for."""
+    model = converted("gdn", "LSL")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    for mode, expected in ((None, True), ("default", True), ("reduce-overhead", False), ("max-autotune", False)):
+        config = GenerationConfig(compile_config=CompileConfig(mode=mode))
+        assert model._valid_auto_compile_criteria({"past_key_values": cache}, config) == expected, mode
+    assert not model._valid_auto_compile_criteria({"past_key_values": cache}, GenerationConfig())
 
 
 @pytest.mark.parametrize(("key", "layers"), [("lolcats", "LSL"), ("gdn", "LLL")])

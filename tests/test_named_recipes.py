@@ -1,0 +1,59 @@
+"""Every list of stages that ships runs on the demo teacher, a few steps of each, to a checkpoint that loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import linearize
+from linearize.pipeline import convert
+from linearize.recipe import Recipe, available, read_recipe
+
+TOKENS = 128
+"""More than the usual windows of 64, which hold everything before."""
+
+
+def distinct() -> list[str]:
+    """The first default recipe with each list of stages and layers, but for those of other architectures."""
+    found: dict[str, str] = {}
+    for name, path in available().items():
+        data = read_recipe(path)
+        if name.startswith("default/") and not name.endswith("_encoder") and not data.get("export", {}).get("native"):
+            found.setdefault(json.dumps([data["stages"], data["layers"]]), name)
+    return list(found.values())
+
+
+def short(name: str) -> Recipe:
+    """The recipe on the demo's text, two steps of one sequence a stage."""
+    data: dict[str, Any] = read_recipe(available()[name])
+    stages = [{**stage, "tokens": 2 * TOKENS, "batch_size": 1, "micro_batch_size": None} for stage in data["stages"]]
+    for stage in stages:
+        if "seq_len" in stage:
+            longer = 2 if stage["type"] == "long_context" else 1
+            stage |= {"seq_len": longer * TOKENS, "tokens": 2 * longer * TOKENS}
+    text = {"source": "demo", "seq_len": TOKENS, "max_tokens": "20k"}
+    layers = "LLS" if data["layers"] == "LLLS" else data["layers"]
+    model = {"name": "demo", "dtype": "float32", "device": "cpu"}
+    changes = {"model": model, "data": text, "stages": stages, "layers": layers, "evaluation": None}
+    return Recipe.parse({**data, **changes, "init": {**data.get("init", {}), "tokens": TOKENS}})
+
+
+def test_there_are_several() -> None:
+    assert {"default/lolcats", "default/mohawk", "default/radlads", "default/halo"} <= set(distinct())
+
+
+@pytest.mark.parametrize("name", distinct())
+def test_a_named_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "home"))
+    recipe = short(name)
+    out = convert(recipe, tmp_path / "out", say=lambda text: None)
+    for index, stage in enumerate(recipe.stages):
+        lines = (out / "run" / f"{index}-{stage['type']}" / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 2 and all(json.loads(line)["grad_norm"] > 0 for line in lines)
+    model, _ = linearize.load(out)
+    with torch.no_grad():
+        assert model(torch.arange(2, 40)[None]).logits.isfinite().all()
