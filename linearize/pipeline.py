@@ -197,6 +197,13 @@ def default_device(wanted: str) -> str:
     return wanted
 
 
+def _same_place(then: Any, now: Any) -> bool:
+    """Whether both are ways to write one path that exists."""
+    if not (isinstance(then, str) and isinstance(now, str)):
+        return False
+    return Path(then).exists() and Path(now).exists() and Path(then).samefile(now)
+
+
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     """Make `out/run` this recipe's, or check that it is.
 
@@ -207,6 +214,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     if mark.exists() and resume and not _is_unbegun(out):
         differing = differences(yaml.safe_load(mark.read_text()), recipe.model_dump(mode="json"))
         changed = {k: v for k, v in differing.items() if not k.startswith("export.")}  # which no stage has seen yet
+        changed = {k: v for k, v in changed.items() if not _same_place(*v)}
         if changed:
             raise UserError(
                 f"cannot resume in {out}: the recipe differs in "

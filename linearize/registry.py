@@ -61,8 +61,11 @@ def find(package: str, key: str, base: type[T], *, trusted: bool = True) -> type
         return _outside(package, key, base)
     known = keys(package)
     if key not in known:
-        hint = did_you_mean(key, known)
-        raise UserError(f"unknown {_one(package)} {key!r}{hint}; `module:Class` names your own")
+        remedy = "`module:Class` names your own"
+        if package == "families":  # found by what a model is, so nobody types one
+            remedy = "a new file in linearize/families adds an architecture (docs/adding_a_family.md); a checkpoint "
+            remedy += "exported with export.native is no source, but the one that it was converted from is"
+        raise UserError(f"unknown {_one(package)} {key!r}{did_you_mean(key, known)}; {remedy}")
     return _only_class(importlib.import_module(f"linearize.{package}.{key}"), base)
 
 

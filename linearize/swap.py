@@ -145,9 +145,15 @@ def _extended(front: type, prefix: str, family: type[Family]) -> type:
     """The family's attention class with `front` before it."""
     attention = family.attention_class
     if (front, attention) not in _EXTENDED:
-        facts = {"names": positional(attention.forward)}  # type: ignore[attr-defined]
+        facts: dict[str, Any] = {"names": positional(attention.forward)}  # type: ignore[attr-defined]
+        facts["__reduce_ex__"] = lambda attn, _: (_unpickled, (front, prefix, family), vars(attn))
         _EXTENDED[front, attention] = type(f"{prefix}{attention.__name__}", (front, attention), facts)
     return _EXTENDED[front, attention]
+
+
+def _unpickled(front: type, prefix: str, family: type[Family]) -> nn.Module:
+    cls: Any = _extended(front, prefix, family)
+    return cls.__new__(cls)
 
 
 def _attach_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,18 @@ def test_a_started_conversion_is_resumed_with_its_own_recipe_only(source: Path) 
     with pytest.raises(UserError, match="differs in mixer.window \\(8 then, 4 now\\), seed \\(0 then, 3 now\\)"):
         convert(other, out, resume=True, say=quiet)
     convert(recipe, out, resume=True, say=quiet)
+
+
+def test_a_path_may_be_written_otherwise_when_resuming(source: Path) -> None:
+    recipe = make_recipe(source, stages=[])
+    convert(recipe, source / "out", say=quiet)
+    name = Path(recipe.model.name)
+    again = make_recipe(source, stages=[], model={"name": str(name / ".." / name.name), "device": "cpu"})
+    convert(again, source / "out", resume=True, say=quiet)
+    shutil.copytree(name, source / "copy")
+    with pytest.raises(UserError, match="differs in model.name"):
+        other = make_recipe(source, stages=[], model={"name": str(source / "copy"), "device": "cpu"})
+        convert(other, source / "out", resume=True, say=quiet)
 
 
 def test_stages_of_one_type_are_numbered(source: Path) -> None:

@@ -58,6 +58,16 @@ def classes(model_type: str) -> tuple[type, type]:
     return config_class, model_class
 
 
+def __getattr__(name: str) -> type:
+    """The classes that this module makes, under their names, as pickle looks for them."""
+    if name.startswith("Linearized"):
+        for key in registry.keys("families"):
+            for cls in classes(key):
+                if cls.__name__ == name:
+                    return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _saves_code(save: Any, model_type: str) -> Any:
     @wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:

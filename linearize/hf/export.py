@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from linearize.errors import UserError, disk_full
 from linearize.hf.bundle import is_bundled
 from linearize.hf.native import native_model
@@ -91,10 +93,26 @@ def _check_converted(model: Any) -> None:
 
 def _write(model: Any, tokenizer: Any, folder: Path, max_shard_size: str, extra_files: Mapping[str, str]) -> None:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if getattr(model.config, "linearize", None) is not None:  # others have transformers' own names, which it translates
+        _check_written(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for name, text in extra_files.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _check_written(model: Any, folder: Path) -> None:
+    """Raise a RuntimeError unless the files hold every tensor of the model under its name or that of a tied one."""
+    found: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found.update(file.keys())
+    held = model.state_dict()
+    there = {held[name].data_ptr() for name in found & held.keys()}
+    lost = [name for name, tensor in held.items() if name not in found and tensor.data_ptr() not in there]
+    if lost or (strange := sorted(found - held.keys())):
+        what = f"without {lost[0]}" if lost else f"with {strange[0]}, which it does not have"
+        raise RuntimeError(f"transformers wrote {type(model).__name__} {what}; nothing has been exported")
 
 
 @contextmanager

@@ -68,6 +68,11 @@ class LogitKL(Tuned):
     def check(self, model: Any) -> None:
         super().check(model)
         config, vocabulary = self.config, model.config.get_text_config().vocab_size
+        if config.top_k is not None and config.top_k > vocabulary:
+            raise UserError(
+                f"stage logit_kl: top_k {config.top_k:,} is more than the vocabulary of {vocabulary:,}; take fewer, or "
+                "null for all"
+            )
         if config.teacher == "cached" and (config.top_k is None or config.top_k >= vocabulary):
             raise UserError(
                 f"stage logit_kl: teacher: cached with top_k {'null' if config.top_k is None else config.top_k} would "

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pico import KEYS, find_family, pico_model
 from torch.utils._pytree import tree_leaves
 from transformers import pipeline
 
-from linearize.hf.auto import register
+from linearize.hf.auto import linearized, register
 from linearize.hf.cache import StateLayer
 from linearize.swap import swapped
 
@@ -71,6 +72,21 @@ def test_drafted_decoding_equals_greedy(converted: Any, removed: list[int], fami
         drafted, greedy = generate(target, padded, mask, **options), generate(target, ids, use_cache=False)
         torch.testing.assert_close(drafted, greedy, msg=f"{list(options)}: {drafted}, greedy {greedy}")
     assert sum(removed) > 0  # some drafts were wrong, and the states went back
+
+
+@every_mixer
+@torch.no_grad()
+def test_a_model_is_pickled_and_copied(key: str) -> None:
+    """Swapped and changed softmax layers, and the classes made for them, which no module defines."""
+    model, ids = pico_model("llama"), prompt()
+    linearized(model, {"mixers": [{"type": key}], "layers": [0, None, 0], "kept": {"rope": False, "log_scale": 16}})
+    for name, attn in swapped(model).items():
+        attn.mixer.initialise(f"{name}.mixer", seed=0)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(other) is type(model) and type(other.config) is type(model.config)
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        next(other.parameters()).zero_()
+        assert not torch.equal(other(ids).logits, model(ids).logits), "it has tensors of its own"
 
 
 @every_mixer

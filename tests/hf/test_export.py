@@ -225,6 +225,22 @@ def test_tokenizer_and_chat_template_travel(converted: Any, pico_tokenizer: Any,
     assert tokenizer("Hello, you!").input_ids == pico_tokenizer("Hello, you!").input_ids
 
 
+def test_a_renamed_tensor_is_noticed(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted("lolcats")
+    save = type(model).save_pretrained
+
+    def renamed(model: Any, folder: Any, **options: Any) -> None:
+        save(model, folder, **options)
+        tensors = load_file(Path(folder) / "model.safetensors")
+        tensors["lost"] = tensors.pop("model.layers.1.self_attn.q_proj.weight")
+        save_file(tensors, Path(folder) / "model.safetensors")
+
+    monkeypatch.setattr(type(model), "save_pretrained", renamed)
+    with pytest.raises(RuntimeError, match=r"without model.layers.1.self_attn.q_proj.weight; nothing"):
+        export(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_model_is_refused(pico_model: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="LlamaForCausalLM is not a converted model"):
         export(pico_model(), None, tmp_path / "model")

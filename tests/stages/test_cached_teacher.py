@@ -195,10 +195,17 @@ def test_files_of_something_else_are_not_read(
         stage_of("cached", steps=3, **settings).rows(model, data, tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("top_k", [None, 97, 500])
+@pytest.mark.parametrize("top_k", [None, 97])
 def test_the_whole_vocabulary_is_refused_with_its_size(converted: Callable[..., Any], top_k: int | None) -> None:
     stage = make_stage("logit_kl", teacher="cached", train=["*"], top_k=top_k, tokens=10**9)
     with pytest.raises(UserError, match="all 97 log-probabilities .* 388 GB for 1,000,000,000 tokens; set top_k"):
+        stage.check(converted("gdn", LAYERS))
+
+
+@pytest.mark.parametrize("teacher", ["live", "cached"])
+def test_no_more_tokens_are_kept_than_there_are(converted: Callable[..., Any], teacher: str) -> None:
+    stage = make_stage("logit_kl", teacher=teacher, train=["*"], top_k=98)
+    with pytest.raises(UserError, match="top_k 98 is more than the vocabulary of 97"):
         stage.check(converted("gdn", LAYERS))
 
 
