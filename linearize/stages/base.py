@@ -21,6 +21,7 @@ from linearize.families.base import Family
 from linearize.swap import source_weights
 from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
 from linearize.training.loop import Batch, Metrics, train
+from linearize.training.names import spelled_out
 from linearize.training.processes import is_main
 
 
@@ -28,7 +29,7 @@ class Stage:
     """Base class of all stages. A subclass lives in a file named after its recipe key.
 
     Args:
-        config: an instance of the subclass's `Config`.
+        config: an instance of the subclass's `Config`; the stage's own copy has patterns for names of groups.
         family: the model's architecture.
     """
 
@@ -48,7 +49,7 @@ class Stage:
     """The peft model of an adapter that was not merged, after the stage has run; exported beside the weights."""
 
     def __init__(self, config: Any, family: type[Family]):
-        self.config = config
+        self.config = spelled_out(config, family)
         self.family = family
         self.keep_source = self.keeps_source
         """Whether tensors that this stage changes are kept, so that `teacher_path` stays the source model."""
@@ -253,7 +254,7 @@ def select(model: nn.Module, patterns: list[str], stage: str) -> dict[str, nn.Pa
         if not hits:
             raise UserError(
                 f"stage {stage}: train pattern {pattern!r} matches no parameter; names look like "
-                f"{', '.join(list(named)[1:4])}"
+                f"{', '.join(list(named)[1:4])}; groups are all, mixer, attention, projections, q, k, v and o"
             )
         chosen.update({name: named[name] for name in hits})
     return chosen

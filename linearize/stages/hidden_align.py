@@ -38,8 +38,8 @@ class HiddenAlignConfig(TunedConfig):
         "l2", description="l2 is the length of the error over the root of the model's width."
     )
     train: list[str] = Field(
-        ["*.mixer.*"],
-        description="Shell-style patterns of parameters to train in full, such as '*.mixer.*'; what the compared "
+        ["mixer"],
+        description="Parameters to train in full, by group as in finetune or by shell-style pattern; what the compared "
         "states do not depend on, such as the head, is left out.",
     )
 

@@ -34,8 +34,8 @@ class TrainingConfig(StageConfig):
     lr: float = Field(gt=0, description="Peak learning rate.")
     lrs: dict[str, float] = Field(
         {},
-        description="Other peak learning rates, by shell-style pattern of parameter names, such as "
-        "{'*.mixer.*': 1e-3}; the last that matches counts.",
+        description="Other peak learning rates, by group or shell-style pattern of parameters as in `train`, such as "
+        "{mixer: 1e-3}; the last that matches counts.",
     )
     schedule: Literal["cosine", "linear", "constant", "plateau"] = Field(
         "cosine",
@@ -57,8 +57,8 @@ class TrainingConfig(StageConfig):
     )
     unfreeze: dict[str, float] = Field(
         {},
-        description="Share of the steps after which parameters begin to train, by shell-style pattern of names; the "
-        "last that matches counts, all others train from the start.",
+        description="Share of the steps after which parameters begin to train, by group or shell-style pattern as in "
+        "`train`; the last that matches counts, all others train from the start.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",

@@ -174,7 +174,7 @@ def test_the_loss_falls(converted: Callable[..., Any], pico_tokenizer: Any, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "trains nothing; set lora: {r: 8}, or train: \\['\\*'\\]"),
+        ({}, "trains nothing; set lora: {r: 8}, or train: \\[all\\]"),
         ({"train": ["*.mixr.*"]}, "train pattern '\\*.mixr.\\*' matches no parameter; names look like model"),
         ({"lora": {"targets": ["q", "qproj"]}}, "unknown lora target 'qproj'; did you mean 'q_proj'\\?"),
     ],

@@ -26,9 +26,9 @@ class ForcedConfig(TrainingConfig):
     """Settings of every stage that trains on the teacher's inputs."""
 
     train: list[str] = Field(
-        ["*.mixer.*"],
-        description="Shell-style patterns of the parameters to train: those of mixers, and of projections of "
-        "swapped layers, such as '*.self_attn.*'; what other layers hold is left out.",
+        ["mixer"],
+        description="Parameters to train, by group (mixer, attention, projections, q, k, v, o) or shell-style pattern "
+        "of names: those of mixers, and of projections of swapped layers; what other layers hold is left out.",
     )
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class Forced(Stage):
             if not fnmatch.filter(inside, pattern):
                 raise UserError(
                     f"stage {stage} trains swapped layers' attention only, and pattern {pattern!r} matches nothing "
-                    f"there; use '*.mixer.*' or patterns such as '{places[0]}*', and train the rest in a later stage"
+                    f"there; use mixer, attention, or patterns such as '{places[0]}*', and train the rest later"
                 )
         return inside
 

@@ -33,7 +33,8 @@ class TunedConfig(TrainingConfig):
     lora: LoraSettings | None = Field(None, description="Adapter to train; null trains only `train`.")
     train: list[str] = Field(
         [],
-        description="Shell-style patterns of parameters to train in full, such as '*.mixer.*' or '*' for all.",
+        description="Parameters to train in full, by group (all, mixer, attention, projections, q, k, v, o) or "
+        "shell-style pattern of names, such as '*.mlp.*'.",
     )
     window_dropout: list[float] = Field(
         [],
@@ -73,7 +74,7 @@ class Tuned(Stage):
                 "already; remove the stage, and train the mixers by attention_transfer"
             )
         if self.config.lora is None and not self.config.train:
-            raise UserError(f"stage {kind} trains nothing; set lora: {{r: 8}}, or train: ['*'] for all parameters")
+            raise UserError(f"stage {kind} trains nothing; set lora: {{r: 8}}, or train: [all] for all parameters")
         names = list(self.chosen(model))
         if self.config.lora is not None:
             targets = target_modules(model, self.config.lora.targets, self.family)
