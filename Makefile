@@ -7,7 +7,7 @@ TORCH_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint-fix docs install clean
+.PHONY: demo test check lint-fix docs golden install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -28,6 +28,10 @@ lint-fix: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/build.py
 	$(BIN)/python docs/build_mixers.py
+
+# Measures the loss curves anew that the tests compare with; look at the difference before you commit it.
+golden: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/stages/curves.py
 
 install: $(STAMP)
 
