@@ -29,8 +29,9 @@ from linearize.mixers.parts.output import OutputConfig
 from linearize.recipe import ALIASES, ExportConfig, KeptConfig, ModelConfig, Recipe, available
 from linearize.registry import find, keys
 from linearize.schema import parse_count
+from linearize.selectors.base import Selector, SelectorConfig
 from linearize.stages.base import Stage
-from linearize.training.config import StageConfig, TrainingConfig
+from linearize.training.config import TrainingConfig
 
 PAGE = Path(__file__).parent / "recipes.md"
 Row = tuple[str, str, str, str]
@@ -97,6 +98,15 @@ def render() -> str:
             rows = [row for row in _dataclass_rows(part.Config) if row[0] != "type"]
             parts += [f"#### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(part))}\n", _table(rows) if rows else ""]
     parts += [
+        "## Selectors of layers\n",
+        "`layers: {type: ...}` leaves the choice to one of these. All have these settings:\n",
+        _table(_model_rows(SelectorConfig)),
+    ]
+    for key in keys("selectors"):
+        selector = find("selectors", key, Selector)
+        parts += [f"### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(selector))}\n"]
+        parts += ["Its own settings:\n", _table(_own_rows(selector.Config))]
+    parts += [
         "## `stages`\n",
         "A list, run in order. `type` names the stage. All stages that train have these settings:\n",
     ]
@@ -142,8 +152,8 @@ def _meaning(field: FieldInfo) -> str:
     return field.description or ""
 
 
-def _own_rows(config: type[StageConfig]) -> list[Row]:
-    shared = set(_model_rows(TrainingConfig)) if issubclass(config, TrainingConfig) else set()
+def _own_rows(config: type[BaseModel]) -> list[Row]:
+    shared = {row for base in (TrainingConfig, SelectorConfig) if issubclass(config, base) for row in _model_rows(base)}
     return [row for row in _model_rows(config) if row not in shared and row[0] != "type"]
 
 

@@ -37,7 +37,7 @@ from linearize.registry import family_of, find
 from linearize.schema import differences
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
-from linearize.training.processes import is_main, wait_for_all
+from linearize.training.processes import is_main, join, wait_for_all
 
 LOCK = ".lock"
 """File in `run` that the process which converts into the folder holds locked."""
@@ -89,6 +89,12 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         prepare(recipe.stage_data(s), tokenizer) if stage.trains else None
         for s, stage in zip(recipe.stages, stages, strict=True)
     ]
+    if plan.chooser is not None:
+        recipe = chosen(recipe, model, tokenizer, out / "run" / "layers.json")
+        plan = make_plan(recipe, model.config)
+        say("layers      " + "".join("S" if layer.mixer is None else "L" for layer in plan.layers))
+        if is_main():
+            (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
     swap(model, plan, recipe.seed)
     if plan.native is not None:
         native_model(model)  # what its check refuses should not wait until after the training
@@ -163,6 +169,22 @@ def stages_of(settings: Sequence[Mapping[str, Any]], family: type[Family], *, tr
     """
     classes = [find("stages", values["type"], Stage, trusted=trusted) for values in settings]
     return [stage(stage.Config.model_validate(values), family) for stage, values in zip(classes, settings, strict=True)]
+
+
+def chosen(recipe: Recipe, model: Any, tokenizer: Any, place: Path) -> Recipe:
+    """The recipe with the layers that its selector chooses on this source model, or chose before, as `place` says."""
+    selector = recipe.selector(family_of(model.config))
+    assert selector is not None
+    join(model.device)
+    if is_main() and not place.exists():
+        choice = selector.choose(model, tokenizer, prepare(recipe.data, tokenizer))
+        partial = place.with_suffix(".partial")
+        partial.write_text(json.dumps(choice.to_dict(), indent=1) + "\n")
+        os.replace(partial, place)
+    wait_for_all()
+    kept = json.loads(place.read_text())["kept"]
+    depth = model.config.get_text_config().num_hidden_layers
+    return recipe.model_copy(update={"layers": [i for i in range(depth) if i not in kept]})
 
 
 def swap(model: Any, plan: Plan, seed: int) -> None:

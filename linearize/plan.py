@@ -61,6 +61,8 @@ class Plan:
     concerns: tuple[str, ...]
     dtype: str
     kept: Kept = AS_IN_SOURCE
+    chooser: str | None = None
+    """The selector that chooses the layers once the model is loaded; until then `layers` is a stand-in."""
     native: str | None = None
     """`model_type` of the architecture of transformers that the result is exported as; None for one of its own."""
 
@@ -84,7 +86,8 @@ class Plan:
             f"source      {self.source} ({self.family}, {self.source_parameters / 1e6:,.1f}M parameters, {self.dtype})",
             f"mixer       {_written(self.mixer)}",
             f"layers      {len(swapped)} of {len(self.layers)} swapped: "
-            + "".join("S" if layer.mixer is None else "L" for layer in self.layers),
+            + "".join("S" if layer.mixer is None else "L" for layer in self.layers)
+            + ("" if self.chooser is None else f", or so: {self.chooser} chooses which, on the loaded model"),
             *([] if self.kept == AS_IN_SOURCE else [f"kept        {self.kept}"]),
             f"new         {self.new_parameters / 1e6:,.3f}M parameters; every tensor of the source keeps its name",
         ]
@@ -131,7 +134,12 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         raise UserError(f"{recipe.model.name} is a converted model already; convert the model that it was made from")
     family = family_of(config)
     depth = config.get_text_config().num_hidden_layers
-    chosen = choose_layers(recipe.layers, depth)
+    if (selector := recipe.selector(family)) is None:
+        assert not isinstance(recipe.layers, dict)
+        chosen = choose_layers(recipe.layers, depth)
+    else:
+        selector.check(config, recipe.data.seq_len)
+        chosen = set(range(depth)).difference(selector.provisional(config))
     _check_stages(recipe)
     mixer_class = find("mixers", recipe.mixer["type"], Mixer)
     settings = mixer_config(recipe.mixer)
@@ -165,6 +173,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         concerns=tuple(family.concerns(config, chosen)),
         dtype=str(dtype).removeprefix("torch."),
         kept=kept,
+        chooser=None if selector is None else selector.config.type,
     )
     if not recipe.export.native:
         return plan

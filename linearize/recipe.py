@@ -18,11 +18,13 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 from linearize.data import DataConfig
 from linearize.errors import UserError, did_you_mean
 from linearize.evals.config import EvalConfig
+from linearize.families.base import Family
 from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import config_from_dict
 from linearize.model_names import ALIASES, resolve_model
 from linearize.registry import find, find_class
 from linearize.schema import Count, Strict, user_error
+from linearize.selectors.base import Selector
 from linearize.stages.base import Stage
 
 
@@ -71,10 +73,10 @@ class Recipe(Strict):
     """A whole conversion."""
 
     model: ModelConfig
-    layers: str | list[int] = Field(
+    layers: str | list[int] | dict[str, Any] = Field(
         "all",
-        description="Layers to swap: all, a pattern of L (linear) and S (softmax, kept) repeated over the depth, or "
-        "a list of layer numbers from 0.",
+        description="Layers to swap: all, a pattern of L (linear) and S (softmax, kept) repeated over the depth, "
+        "numbers of layers from 0, or the `type` and settings of a selector, which looks at the model and chooses.",
     )
     kept: KeptConfig = Field(
         default_factory=KeptConfig, description="How the layers that keep their softmax attention see positions."
@@ -101,6 +103,17 @@ class Recipe(Strict):
     @classmethod
     def _resolve_mixer(cls, value: dict[str, Any]) -> dict[str, Any]:
         return {"type": _type_of(value, "mixer"), **dataclasses.asdict(mixer_config(value))}
+
+    @field_validator("layers")
+    @classmethod
+    def _resolve_layers(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        selector = find("selectors", _type_of(value, "layers"), Selector)
+        try:
+            return selector.Config.model_validate(value).model_dump(mode="json")
+        except ValidationError as error:
+            raise user_error(error, "layers", selector.Config.model_fields) from None
 
     @field_validator("stages")
     @classmethod
@@ -135,6 +148,13 @@ class Recipe(Strict):
             return DataConfig.model_validate({**self.data.model_dump(), **own})
         except ValidationError as error:
             raise user_error(error, f"{where}.data", DataConfig.model_fields) from None
+
+    def selector(self, family: type[Family]) -> Selector | None:
+        """What chooses the layers of a model of this family; None where the recipe names them."""
+        if not isinstance(self.layers, dict):
+            return None
+        found = find("selectors", self.layers["type"], Selector)
+        return found(found.Config.model_validate(self.layers), family)
 
     @classmethod
     def load(cls, name: str | Path | None = None, model: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
