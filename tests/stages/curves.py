@@ -83,18 +83,20 @@ class Bench:
         pairs = str(write_pairs(folder / "pairs.jsonl", 200))
         self.pairs = rows(source=pairs, format="preference", seq_len=TOKENS)
 
-    def curve(self, case: Case) -> list[float]:
-        """The losses of all steps."""
+    def stage(self, case: Case) -> Any:
+        """The stage, with its sizes."""
         from linearize.registry import family_of, find
         from linearize.stages.base import Stage
 
         settings = {"batch_size": ROWS, "warmup": 0.0, **case.stage}
-        length = settings.get("seq_len", TOKENS)
         cls: Any = find("stages", settings["type"], Stage)
-        settings["tokens"] = STEPS * ROWS * cls.item_rows * length
-        model = self.student(case.mixer)
-        stage = cls(cls.Config.model_validate(settings), family_of(model.config))
-        data = self.pairs if stage.item_rows == 2 else self.data(length)
+        settings["tokens"] = STEPS * ROWS * cls.item_rows * settings.get("seq_len", TOKENS)
+        return cls(cls.Config.model_validate(settings), family_of(self.source.config))
+
+    def curve(self, case: Case) -> list[float]:
+        """The losses of all steps."""
+        model, stage = self.student(case.mixer), self.stage(case)
+        data = self.pairs if stage.item_rows == 2 else self.data(case.stage.get("seq_len", TOKENS))
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             stage.run(model, data, Path(folder))
             lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
