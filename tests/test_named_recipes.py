@@ -37,6 +37,10 @@ def short(name: str) -> Recipe:
             stage |= {"seq_len": longer * TOKENS, "tokens": 2 * longer * TOKENS}
     text = {"source": "demo", "seq_len": TOKENS, "max_tokens": "20k"}
     layers = "LLS" if data["layers"] == "LLLS" else data["layers"]
+    if isinstance(layers, dict):
+        text["seq_len"] = 2 * TOKENS  # with room for a question beyond the window
+        layers = {**layers, "tokens": 2 * TOKENS, "questions": 2, "facts": [1]}
+        stages = [{**stage, "seq_len": TOKENS} for stage in stages]
     model = {"name": "demo", "dtype": "float32", "device": "cpu"}
     changes = {"model": model, "data": text, "stages": stages, "layers": layers, "evaluation": None}
     return Recipe.parse({**data, **changes, "init": {**data.get("init", {}), "tokens": TOKENS}})
