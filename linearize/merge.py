@@ -118,10 +118,11 @@ def _shares(paths: Sequence[Path], weights: Sequence[float] | None) -> list[floa
         return [1 / len(paths)] * len(paths)
     if len(weights) != len(paths):
         raise UserError(f"{len(paths)} checkpoints need as many weights, got {len(weights)}: {_written(weights)}")
-    if not all(0 <= weight <= 1 for weight in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+    outside = [weight for weight in weights if not 0 <= weight <= 1]
+    if outside or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        what = f"{outside[0]:g} does not" if outside else f"they sum to {sum(weights):g}"
         raise UserError(
-            f"weights {_written(weights)} must lie from 0 to 1 and sum to 1, and sum to {sum(weights):g}; for equal "
-            "shares leave them out"
+            f"weights {_written(weights)} must lie from 0 to 1 and sum to 1, and {what}; leave them out for equal ones"
         )
     return list(weights)
 

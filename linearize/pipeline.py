@@ -92,7 +92,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     if plan.chooser is not None:
         recipe = chosen(recipe, model, tokenizer, out / "run" / "layers.json")
         plan = make_plan(recipe, model.config)
-        say("layers      " + "".join("S" if layer.mixer is None else "L" for layer in plan.layers))
+        say(str(plan))
         if is_main():
             (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
     swap(model, plan, recipe.seed)

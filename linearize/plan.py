@@ -47,6 +47,12 @@ class LayerPlan:
     """Bytes of the decoding state of one sequence; constant in its length."""
     kv_bytes_per_token: int = 0
     """Bytes that the layer's softmax attention caches per token and sequence, whether it is kept or not."""
+    reach: int | None = None
+    """Last tokens that this attention sees, and caches; None for all."""
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes that the layer's softmax attention caches of a sequence of `tokens` tokens."""
+        return self.kv_bytes_per_token * (tokens if self.reach is None else min(tokens, self.reach))
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Plan:
     concerns: tuple[str, ...]
     dtype: str
     kept: Kept = AS_IN_SOURCE
+    causal: bool = True
+    """Whether it generates text, and so has a cache."""
     chooser: str | None = None
     """The selector that chooses the layers once the model is loaded; until then `layers` is a stand-in."""
     native: str | None = None
@@ -78,7 +86,7 @@ class Plan:
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of one sequence's cache after `tokens` tokens."""
-        return sum(x.state_bytes if x.mixer is not None else x.kv_bytes_per_token * tokens for x in self.layers)
+        return sum(x.state_bytes if x.mixer is not None else x.kv_bytes(tokens) for x in self.layers)
 
     def __str__(self) -> str:
         swapped = [layer for layer in self.layers if layer.mixer is not None]
@@ -96,8 +104,8 @@ class Plan:
             lines += [f"            {prefix}.{t.name} {list(t.shape)}, {t.init}" for t in swapped[0].new]
             if len(swapped) > 1 and swapped[0].new:
                 lines.append(f"            and the same in the other {len(swapped) - 1} swapped layers")
-        for tokens in (2048, 32768, 131072):
-            before = sum(layer.kv_bytes_per_token for layer in self.layers) * tokens
+        for tokens in (2048, 32768, 131072) if self.causal else ():
+            before = sum(layer.kv_bytes(tokens) for layer in self.layers)
             after = self.cache_bytes(tokens)
             lines.append(
                 f"cache       {tokens:>7,} tokens: {before / 2**20:,.1f} MiB -> {after / 2**20:,.1f} MiB a sequence"
@@ -153,7 +161,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         shape = family.shape(config, index)
         kv = shape.kv_heads * (shape.key_dim + shape.value_dim) * dtype.itemsize
         if index not in chosen:
-            layers.append(LayerPlan(index, module, None, kv_bytes_per_token=kv))
+            layers.append(LayerPlan(index, module, None, kv_bytes_per_token=kv, reach=shape.reach))
             continue
         with FakeTensorMode(), _default_dtype(dtype):
             try:
@@ -163,7 +171,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
                 raise UserError(f"mixer {recipe.mixer['type']!r} cannot serve layer {index}: {error}") from error
         inits = mixer.inits()
         new = tuple(NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters())
-        layers.append(LayerPlan(index, module, recipe.mixer["type"], new, held, kv))
+        layers.append(LayerPlan(index, module, recipe.mixer["type"], new, held, kv, shape.reach))
     plan = Plan(
         family=config.model_type,
         source=recipe.resolved_model(),
@@ -173,6 +181,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         concerns=tuple(family.concerns(config, chosen)),
         dtype=str(dtype).removeprefix("torch."),
         kept=kept,
+        causal=family.causal,
         chooser=None if selector is None else selector.config.type,
     )
     if not recipe.export.native:
@@ -228,6 +237,11 @@ def _kept(recipe: Recipe, family: type[Family], model: Any, chosen: set[int]) ->
         raise UserError(
             f"kept.rope: false takes the rotary embedding from kept layers, and a {model.config.model_type} model has "
             "none; leave it true"
+        )
+    if kept.log_scale is not None and not family.tells_positions:
+        raise UserError(
+            f"kept.log_scale needs to know where a token stands, and attention of {model.config.model_type} models is "
+            "not told; leave it null"
         )
     return kept
 

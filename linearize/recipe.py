@@ -104,6 +104,15 @@ class Recipe(Strict):
     def _resolve_mixer(cls, value: dict[str, Any]) -> dict[str, Any]:
         return {"type": _type_of(value, "mixer"), **dataclasses.asdict(mixer_config(value))}
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_of_four(cls, value: Any) -> Any:
+        if not isinstance(value, str | list | dict):
+            raise ValueError(
+                f"must be all, a pattern such as LLLS, numbers of layers, or {{type: window_ablation}}, got {value!r}"
+            )
+        return value
+
     @field_validator("layers")
     @classmethod
     def _resolve_layers(cls, value: Any) -> Any:

@@ -254,6 +254,8 @@ def test_a_recipe_that_keeps_no_layer_cannot_change_kept_layers() -> None:
 
 def test_a_family_without_rotary_embedding_has_none_to_lose() -> None:
     changes = ["layers=LLS", "kept.log_scale=null"]
+    with pytest.raises(UserError, match="kept.log_scale needs .* attention of qwen2_5_vl models is not told"):
+        make_plan(Recipe.load("lolcats", "demo", ["layers=LSL", "kept.log_scale=16"]), pico.pico_config("qwen2_5_vl"))
     with pytest.raises(UserError, match="kept.rope: false takes the rotary embedding .* a gpt2 model has none"):
         make_plan(Recipe.load("demo/lightning_h", overrides=changes), pico.pico_config("gpt2"))
     make_plan(Recipe.load("demo/lightning_h", overrides=[*changes, "kept.rope=true"]), pico.pico_config("gpt2"))

@@ -120,9 +120,10 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
 
     refused([a], "two or more checkpoints, got 1")
     refused([a, b], "2 checkpoints need as many weights, got 1: 1", [1.0])
-    refused([a, b], "weights 0.5,0.6 must lie from 0 to 1 and sum to 1, and sum to 1.1", [0.5, 0.6])
+    refused([a, b], "weights 0.5,0.6 must lie from 0 to 1 and sum to 1, and they sum to 1.1", [0.5, 0.6])
     refused([a, b], "weights -0.5,1.5 must lie", [-0.5, 1.5])
-    refused([a, b], "sum to nan", [float("nan"), 0.5])
+    refused([a, b], "weights -1,2 must lie from 0 to 1 and sum to 1, and -1 does not", [-1, 2])
+    refused([a, b], "nan does not", [float("nan"), 0.5])
     refused([a, tmp_path / "none"], "none does not exist")
     other = export(converted("gdn", "LSL"), pico_tokenizer, tmp_path / "gdn")
     refused([a, other], "differ in their configuration, linearize.mixers.0.type \\('lolcats', 'gdn'\\)")

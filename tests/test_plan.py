@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pico
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
@@ -135,6 +136,18 @@ def test_what_the_plan_prints() -> None:
     assert "new         12.584M parameters" in text
     assert "model.layers.0.self_attn.mixer.map_q.weight [32, 128, 64], identity per head" in text
     assert "2,048 tokens: 256.0 MiB -> " in text and "weights 14.98 GiB" in text
+
+
+def test_a_layer_that_sees_a_window_caches_no_more() -> None:
+    config = pico.pico_config("gemma2")  # layers 0 and 2 see 12 tokens
+    plan = make_plan(Recipe.load("lolcats", "demo", ["layers=LSS"]), config)
+    kv, state = plan.layers[1].kv_bytes_per_token, plan.layers[0].state_bytes
+    assert plan.cache_bytes(5) == state + 2 * 5 * kv and plan.cache_bytes(1000) == state + (1000 + 12) * kv
+    assert f"2,048 tokens: {(2048 + 24) * kv / 2**20:,.1f} MiB ->" in str(plan)
+
+
+def test_an_encoder_has_no_cache() -> None:
+    assert "cache  " not in str(make_plan(Recipe.load("hedgehog_encoder", "demo"), pico.pico_config("bert")))
 
 
 def test_an_unsupported_family_is_named() -> None:
@@ -286,5 +299,8 @@ def test_every_default_recipe_plans_every_real_model(alias: str, method: str) ->
     pattern = ["layers=[1]"] if recipe.layers == "all" else []
     config = AutoConfig.for_model(**{**REAL[alias][0], "num_hidden_layers": 4})
     plan = make_plan(Recipe.load(method, alias, pattern), config)
-    expected = 1 if pattern else len(choose_layers(recipe.layers, 4))
+    if isinstance(recipe.layers, dict):
+        expected = 4 - round(recipe.layers["keep"] * 4)
+    else:
+        expected = 1 if pattern else len(choose_layers(recipe.layers, 4))
     assert sum(layer.mixer is not None for layer in plan.layers) == expected

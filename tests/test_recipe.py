@@ -47,6 +47,10 @@ def mistake(path: Path, *overrides: str) -> str:
         ("mixr=1", "unknown key 'mixr'; did you mean 'mixer'? known: data, evaluation,"),
         ("model.nme=x", "unknown key 'model.nme'; did you mean 'name'?"),
         ("data.seq_length=1", "unknown key 'data.seq_length'; did you mean 'seq_len'?"),
+        (
+            "layers=",
+            "layers: must be all, a pattern such as LLLS, numbers of layers, or {type: window_ablation}, got None",
+        ),
         ("mixer.windw=3", "unknown key 'mixer.windw'; did you mean 'window'?"),
         ("mixer.feature_map.dimm=3", "unknown key 'mixer.feature_map.dimm'"),
         ("stages.0.tokns=3", "unknown key 'stages.0.tokns'; did you mean 'tokens'?"),

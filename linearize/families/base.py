@@ -7,6 +7,7 @@ decoders do, so that a family file says only in what its architecture differs.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
@@ -42,6 +43,8 @@ class Family:
     outer: ClassVar[str | None] = None
     """Path of a module around the one at `base` that makes the masks for it, and alone receives the 2-D one; None where
     the module at `base` does."""
+    tells_positions: ClassVar[bool] = True
+    """Whether attention is always given the position ids, which logits that grow with the length need."""
     attention: ClassVar[str] = "layers.{}.self_attn"
     """Path, inside that module, of layer {}'s attention."""
     lora_targets: ClassVar[dict[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -204,12 +207,22 @@ class VisionLanguage(Family):
     def of(cls, config: Any, find: Find) -> type[Family]:
         """This class in front of the family that the text config's `model_type` names."""
         text: Any = find("families", config.get_text_config().model_type)
-        if (cls, text) not in _TOWERS:
-            itself = classmethod(lambda tower, config, find: tower)
-            _TOWERS[cls, text] = type(f"{cls.__name__}Of{text.__name__}", (cls, text), {"of": itself})
-        return _TOWERS[cls, text]
+        return _joined(cls, text)
 
 
+class _Joined(type):
+    """The class of families made of two, which no module holds under a name for pickle to find."""
+
+
+def _joined(tower: type[Family], text: type[Family]) -> type[Family]:
+    if (tower, text) not in _TOWERS:
+        itself = classmethod(lambda joined, config, find: joined)
+        joined: Any = _Joined(f"{tower.__name__}Of{text.__name__}", (tower, text), {"of": itself})
+        _TOWERS[tower, text] = joined
+    return _TOWERS[tower, text]
+
+
+copyreg.pickle(_Joined, lambda joined: (_joined, joined.__bases__))  # type: ignore[arg-type, return-value]
 _TOWERS: dict[tuple[type, type], type[Family]] = {}
 
 

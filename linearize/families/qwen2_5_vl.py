@@ -21,6 +21,8 @@ class Qwen25VL(Family):
     auto_class = "AutoModelForImageTextToText"
     base = "model.language_model"
 
+    tells_positions = False
+
     @classmethod
     def packed_positions(cls, positions: torch.Tensor) -> torch.Tensor:
         """[4, B or 1, T]: the text's own, which masks are made of, before those of time, height and width."""

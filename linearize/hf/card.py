@@ -39,6 +39,10 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     kept = bool(recipe.stages) and recipe.stages[-1].get("lora") and not recipe.stages[-1]["lora"]["merge"]
     adapter = 'model = peft.PeftModel.from_pretrained(model, f"{path}/adapter")  # measured with it\n' if kept else ""
     mixer, short, long = plan.mixer["type"], plan.cache_bytes(2048) / 2**20, plan.cache_bytes(131072) / 2**20
+    trained = any("tokens" in stage for stage in recipe.stages)
+    how = " and trained to take over from it," if trained else ", untrained,"
+    sizes = f"{short:,.2f} MiB after 2,048 tokens and {long:,.2f} MiB after 131,072."
+    cache = f" The decoding cache of a sequence takes\n{sizes}" if plan.causal else ""
     auto = find("families", plan.family, Family).auto_class
     remote = "" if plan.native else ", trust_remote_code=True"
     alone = "  # with `import linearize`: not needed" if remote else ""
@@ -53,9 +57,8 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
 
 # {name}, linearized with {mixer}
 
-{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{mixer}` mixer and trained to take
-over from it, with [linearize](https://pypi.org/project/linearize/). The decoding cache of a sequence takes
-{short:,.2f} MiB after 2,048 tokens and {long:,.2f} MiB after 131,072.
+{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{mixer}` mixer{how}
+with [linearize](https://pypi.org/project/linearize/).{cache}
 {what}
 ## Use
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin
 
 from linearize.families.base import CONVERTED, Family
 from linearize.hf.cache import state_layer
@@ -44,7 +45,14 @@ def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, 
         )
     )
 
-    class Linearized(family.model_class):  # type: ignore[name-defined]
+    bases: tuple[type, ...] = (family.model_class,)
+    if issubclass(family.model_class, GenerationMixin):
+        bases = (
+            family.model_class,
+            GenerationMixin,
+        )  # or transformers puts another class in this one's place
+
+    class Linearized(*bases):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
             specs = mixer_specs(config.linearize, find)

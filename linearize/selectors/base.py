@@ -21,13 +21,20 @@ class SelectorConfig(Strict):
     """Settings of every selector."""
 
     type: str = Field(description="Which selector: the name of a file in linearize/selectors, or module:Class.")
-    keep: int | float = Field(
+    keep: float = Field(
         0.25, gt=0, description="Layers that keep their softmax attention: a share of all below 1, else how many."
     )
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _no_flag(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"must be a share below 1, such as 0.25, or a number of layers, got {value!r}")
+        return value
+
     @field_validator("keep")
     @classmethod
-    def _a_share_or_a_number(cls, value: int | float) -> int | float:
+    def _a_share_or_a_number(cls, value: float) -> float:
         if value >= 1 and value != int(value):
             raise ValueError(f"must be a share below 1 or a whole number of layers, got {value}")
         return value
@@ -84,7 +91,7 @@ class Selector:
         wanted = self.config.count(depth)
         if wanted >= depth or wanted > len(found):
             raise UserError(
-                f"layers.keep: {self.config.keep} would keep {wanted} layers, of {depth} that the model has and "
+                f"layers.keep: {self.config.keep:g} would keep {wanted} layers, of {depth} that the model has and "
                 f"{len(found)} that {self.config.type} may keep; keep fewer"
             )
 

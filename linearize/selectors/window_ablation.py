@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from linearize.arguments import by_name, positional
 from linearize.data import PackedDataset
 from linearize.errors import UserError
-from linearize.evals.recall import RecallItem, make_prompt
+from linearize.evals.recall import WORDS, RecallItem, make_prompt
 from linearize.evals.text import LOGIT_BUDGET, evaluating
 from linearize.families.base import Family
 from linearize.losses import divergence
@@ -49,7 +49,9 @@ class WindowAblationConfig(SelectorConfig):
     window: int = Field(64, gt=0, description="Last tokens that a layer sees which has been given up.")
     tokens: Count = Field(8192, gt=0, description="Tokens of training text on which harm is measured.")
     questions: int = Field(8, ge=0, description="Recall questions on which it is measured too.")
-    facts: list[int] = Field([1, 4], min_length=1, description="Facts in a question's text, of one after the other.")
+    facts: list[Annotated[int, Field(ge=1, le=len(WORDS))]] = Field(
+        [1, 4], min_length=1, description="Facts in a question's text, of one after the other."
+    )
     seq_len: int | None = Field(
         None, gt=0, description="Tokens of text, or of a question's, at once. Default: data.seq_len, at most 2,048."
     )
@@ -82,8 +84,9 @@ class WindowAblation(Selector):
         if self.length(seq_len) <= need:
             raise UserError(
                 f"layers.type: window_ablation looks beyond a window of {self.config.window} tokens and needs rows of "
-                f"more than {need} for that, got {self.length(seq_len)}; raise data.seq_len, or lower layers.window or "
-                "layers.facts"
+                f"more than {need} for that, got {self.length(seq_len)}; raise "
+                f"{'layers.seq_len' if self.config.seq_len or seq_len > LONGEST else 'data.seq_len'}, or lower "
+                f"layers.facts (each takes {MARGIN}) or layers.window"
             )
 
     def choose(self, model: Any, tokenizer: Any, data: PackedDataset) -> Choice:
@@ -124,7 +127,13 @@ class WindowAblation(Selector):
 
     def _questions(self, tokenizer: Any, data: PackedDataset) -> list[Any]:
         rng, length = random.Random(self.config.seed), self.length(data.seq_len)
-        filler = torch.cat([data.batch([i])["input_ids"].flatten() for i in range(min(len(data), 16))]).tolist()
+        if len(data) * data.seq_len < 2 * length:
+            raise UserError(
+                f"layers.type: window_ablation hides facts in {length:,} tokens of training text, and there are "
+                f"{len(data) * data.seq_len:,}; give more text, or lower layers.seq_len"
+            )
+        count = min(len(data), -(-16 * length // data.seq_len))
+        filler = torch.cat([data.batch([i])["input_ids"].flatten() for i in range(count)]).tolist()
         items = []
         for index in range(self.config.questions):
             facts = self.config.facts[index % len(self.config.facts)]

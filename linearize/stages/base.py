@@ -21,7 +21,7 @@ from linearize.families.base import Family
 from linearize.swap import source_weights
 from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
 from linearize.training.loop import Batch, Metrics, train
-from linearize.training.names import spelled_out
+from linearize.training.names import GROUPS, spelled_out
 from linearize.training.processes import is_main
 
 
@@ -70,7 +70,7 @@ class Stage:
                 if not fnmatch.filter(names, pattern):
                     raise UserError(
                         f"stage {self.config.type}: {key} pattern {pattern!r} matches nothing that trains; what trains "
-                        f"looks like {', '.join(names[:3])}"
+                        f"looks like {', '.join(names[:3])}; groups are {GROUPS}"
                     )
 
     def check_data(self, own: DataConfig, recipe: DataConfig) -> None:
@@ -254,7 +254,7 @@ def select(model: nn.Module, patterns: list[str], stage: str) -> dict[str, nn.Pa
         if not hits:
             raise UserError(
                 f"stage {stage}: train pattern {pattern!r} matches no parameter; names look like "
-                f"{', '.join(list(named)[1:4])}; groups are all, mixer, attention, projections, q, k, v and o"
+                f"{', '.join(list(named)[1:4])}; groups are {GROUPS}"
             )
         chosen.update({name: named[name] for name in hits})
     return chosen

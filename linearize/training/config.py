@@ -69,6 +69,11 @@ class TrainingConfig(StageConfig):
     log_every: int = Field(1, gt=0, description="Optimiser steps between lines in metrics.jsonl.")
     seed: int = Field(0, description="Seed of the data order and of dropout.")
 
+    @field_validator("train", mode="before", check_fields=False)
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @field_validator("lrs")
     @classmethod
     def _rates_are_positive(cls, value: dict[str, float]) -> dict[str, float]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from linearize.families.base import Family
 
+GROUPS = "all, mixer, attention, projections, q, k, v and o"
+"""As errors list them."""
 FIELDS = ("train", "lrs", "unfreeze")
 """Settings of a stage that name parameters."""
 

@@ -10,6 +10,7 @@ greedy continuation.
 import importlib.abc
 import importlib.util
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -43,6 +44,7 @@ for folder in folders:
     model = auto.from_pretrained(folder, **({"trust_remote_code": True} if classes else {}))
     transformers.AutoTokenizer.from_pretrained(folder)
     name = Path(folder).name
+    model = pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         results[f"{name}.logits"] = model(ids)[0]
     if not model.can_generate():

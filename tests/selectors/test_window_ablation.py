@@ -91,6 +91,10 @@ def test_surplus_is_halved_in_rounds(left: int, wanted: int, expected: int) -> N
     [
         ({"keep": 1.5}, r"layers.keep: must be a share below 1 or a whole number of layers, got 1.5"),
         ({"keep": 0}, r"layers.keep: "),
+        ({"keep": True}, r"layers.keep: must be a share below 1, such as 0.25, or a number of layers, got True"),
+        ({"keep": "half"}, r"layers.keep: must be a share below 1, such as 0.25, or a number of layers, got 'half'"),
+        ({"facts": [0]}, r"layers.facts.0: .*greater than or equal to 1"),
+        ({"seq_len": 60}, r"needs rows of more than 192 for that, got 60; raise layers.seq_len, or lower layers.facts"),
         ({"keep": 3}, r"layers.keep: 3 would keep 3 layers, of 3 that the model has"),
         ({"window": 20}, r"needs rows of more than 148 for that, got 32; raise data.seq_len"),
         ({"widow": 20}, r"unknown key 'layers.widow'; did you mean 'window'"),
@@ -102,6 +106,13 @@ def test_errors(settings: dict[str, Any], message: str, tmp_path: Path, pico_tok
     layers = {"type": "window_ablation", "keep": 1, "facts": [1], **settings}
     with pytest.raises(UserError, match=message):
         plan_of(make_recipe(tmp_path, layers=layers))
+
+
+def test_too_little_text_is_refused_with_its_size(tmp_path: Path, pico_tokenizer: Any) -> None:
+    data = dataset(tmp_path, pico_tokenizer, seq_len=ROW)
+    chooser = selector(seq_len=100 * ROW)
+    with pytest.raises(UserError, match=r"facts in 16,800 tokens of training text, and there are [0-9,]+; give more"):
+        chooser.choose(pico_model("llama"), pico_tokenizer, data)
 
 
 def test_an_encoder_gets_no_choice() -> None:
@@ -131,7 +142,7 @@ def test_a_conversion_keeps_the_chosen_layers_and_its_choice(
     kept = json.loads((out / "run" / "layers.json").read_text())["kept"]
     written = json.loads((out / "config.json").read_text())["linearize"]["layers"]
     assert [i for i, mixer in enumerate(written) if mixer is None] == kept and len(kept) == 2
-    assert f", or so: {key} chooses which" in said[0] and said[1].startswith("layers      ")
+    assert f", or so: {key} chooses which" in said[0] and " chooses which" not in said[1]
     monkeypatch.setattr(find("selectors", key, Selector), "choose", None)
     (out / "config.json").unlink()
     assert convert(recipe, out, resume=True, say=said.append) == out, "the choice is not made again"

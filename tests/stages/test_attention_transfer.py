@@ -280,3 +280,16 @@ def test_peak_memory_does_not_grow_with_depth(converted: Callable[..., Any], whe
     assert peaks["attention_transfer"][1] / peaks["attention_transfer"][0] < 1.2
     assert peaks["finetune"][1] / peaks["finetune"][0] > 3, "the same measure sees what an end-to-end backward keeps"
     assert peaks["attention_transfer"][1] < peaks["finetune"][1] / 4
+
+
+@pytest.mark.parametrize("key", ["attention_transfer", "matrix_align"])
+def test_nothing_to_train_is_refused(converted: Any, key: str) -> None:
+    with pytest.raises(UserError, match=f"stage {key} trains nothing; set train: .mixer."):
+        make_stage(key, train=[], lr=1e-3).check(converted("gdn", LAYERS))
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    assert (
+        make_stage("finetune", train="attention").config.train
+        == make_stage("finetune", train=["attention"]).config.train
+    )

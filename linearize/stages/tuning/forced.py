@@ -71,6 +71,8 @@ class Forced(Stage):
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         stage = self.config.type
+        if not self.config.train:
+            raise UserError(f"stage {stage} trains nothing; set train: [mixer], or leave it out, which is the same")
         mixers = {type(attn.mixer).__name__: next(attn.mixer.parameters(), None) for attn in swapped(model).values()}
         if self.config.train == ["*.mixer.*"] and all(parameter is None for parameter in mixers.values()):
             raise UserError(
