@@ -65,6 +65,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         raise UserError(f"mixer.backend: fla needs a CUDA GPU, and the device is {device}; take auto or torch")
     if not is_main():
         return _convert(recipe, plan, out, resume, _nothing)
+    if resume and not (out / "run" / "recipe.yaml").exists():
+        say(f"nothing to resume in {out}, so this is a new conversion")
     claim(out, recipe, resume)
     with alone(out):
         return _convert(recipe, plan, out, resume, say)

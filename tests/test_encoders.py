@@ -12,13 +12,14 @@ import torch
 from hf.test_export import ids as given
 from hf.test_export import in_clean_process
 from trainable import recipe_dict
-from transformers import AutoModel
+from transformers import AutoModel, BertForMaskedLM
 
 from linearize import registry
 from linearize.errors import UserError
 from linearize.evals.agreement import agreement
 from linearize.hf.auto import linearized
 from linearize.hf.export import export
+from linearize.hf.load import load
 from linearize.mixers.base import build_mixer
 from linearize.ops.layout import expand_heads
 from linearize.ops.linear import bidirectional_linear_attention
@@ -160,3 +161,10 @@ def test_an_encoder_reloads_in_a_clean_process(pico_tokenizer: Any, tmp_path: Pa
     results = in_clean_process(tmp_path, [folder])
     with torch.no_grad():
         assert torch.equal(results["bert.logits"], model(given())[0])
+
+
+def test_an_encoder_that_was_saved_with_a_head_is_named(tmp_path: Path, pico_tokenizer: Any) -> None:
+    BertForMaskedLM(pico.pico_config("bert")).save_pretrained(tmp_path)
+    pico_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a BertModel needs, .* saved as BertForMaskedLM, .* a checkpoint of BertModel"):
+        load(tmp_path)

@@ -236,6 +236,13 @@ def test_a_started_conversion_is_resumed_with_its_own_recipe_only(source: Path) 
     convert(recipe, out, resume=True, say=quiet)
 
 
+def test_resuming_nothing_is_said(source: Path) -> None:
+    recipe, out, said = make_recipe(source, stages=[]), source / "out", []
+    for _ in range(2):
+        convert(recipe, out, resume=True, say=said.append)
+    assert [text for text in said if "resume" in text] == [f"nothing to resume in {out}, so this is a new conversion"]
+
+
 def test_a_path_may_be_written_otherwise_when_resuming(source: Path) -> None:
     recipe = make_recipe(source, stages=[])
     convert(recipe, source / "out", say=quiet)

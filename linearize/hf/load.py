@@ -79,7 +79,7 @@ def load(
             )
     except OSError as error:
         raise UserError(_unreachable(source, error)) from error
-    _check_complete(source, report)
+    _check_complete(source, config, type(model), report)
     return _with_adapter(model.eval(), source, revision), tokenizer
 
 
@@ -162,12 +162,15 @@ def check_weights(file: Path) -> None:
         ) from error
 
 
-def _check_complete(source: str, report: dict[str, Any]) -> None:
+def _check_complete(source: str, config: Any, cls: type, report: dict[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
+        own = ", ".join(config.architectures or [])
+        reason = "the weights and the configuration do not belong together"
+        if own and own != cls.__name__:
+            reason = f"it was saved as {own}, which has no such part; give a checkpoint of {cls.__name__}"
         raise UserError(
-            f"{source} lacks {len(missing)} tensors that its config.json calls for, such as {missing[0]}; "
-            "the weights and the configuration do not belong together"
+            f"{source} lacks {len(missing)} tensors that a {cls.__name__} needs, such as {missing[0]}; {reason}"
         )
 
 
