@@ -196,3 +196,22 @@ def test_weights_can_stay_on_disk(converted: Any, tmp_path: Path, key: str) -> N
     assert any(parameter.is_meta for parameter in swapped(loaded)["model.layers.0.self_attn"].mixer.parameters())
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     torch.testing.assert_close(generate(loaded, ids), generate(model, ids))
+
+
+@every_mixer
+@torch.no_grad()
+def test_projections_load_in_eight_bits(converted: Any, key: str, tmp_path: Path) -> None:
+    """Through transformers' own quantisers; what a mixer adds stays as it is."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    model, ids = converted(key, "LSL", tie_word_embeddings=False), prompt(2)
+    model.save_pretrained(tmp_path)
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    )
+    attn = quantized.model.layers[0].self_attn
+    assert type(attn.q_proj.weight).__name__ == "Int8Tensor"
+    assert all(type(p) is torch.nn.Parameter for p in attn.mixer.parameters())
+    full, found = model(ids).logits, quantized(ids).logits
+    assert 0 < (found - full).norm() < 0.1 * full.norm()
+    torch.testing.assert_close(generate(quantized, ids), generate(quantized, ids, use_cache=False))
