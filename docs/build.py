@@ -29,7 +29,7 @@ from linearize.mixers.parts.output import OutputConfig
 from linearize.recipe import ALIASES, ExportConfig, KeptConfig, ModelConfig, Recipe, available
 from linearize.registry import find, keys
 from linearize.schema import parse_count
-from linearize.selectors.base import Selector, SelectorConfig
+from linearize.select.base import Selector, SelectorConfig
 from linearize.stages.base import Stage
 from linearize.training.config import TrainingConfig
 
@@ -102,8 +102,8 @@ def render() -> str:
         "`layers: {type: ...}` leaves the choice to one of these. All have these settings:\n",
         _table(_model_rows(SelectorConfig)),
     ]
-    for key in keys("selectors"):
-        selector = find("selectors", key, Selector)
+    for key in keys("select"):
+        selector = find("select", key, Selector)
         parts += [f"### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(selector))}\n"]
         parts += ["Its own settings:\n", _table(_own_rows(selector.Config))]
     parts += [

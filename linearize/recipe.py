@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from linearize.data import DataConfig
 from linearize.errors import UserError, did_you_mean
@@ -24,7 +24,7 @@ from linearize.mixers.base import config_from_dict
 from linearize.model_names import ALIASES, resolve_model
 from linearize.registry import find, find_class
 from linearize.schema import Count, Strict, user_error
-from linearize.selectors.base import Selector
+from linearize.select.base import Selector
 from linearize.stages.base import Stage
 
 
@@ -118,22 +118,15 @@ class Recipe(Strict):
     def _resolve_layers(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        selector = find("selectors", _type_of(value, "layers"), Selector)
-        try:
-            return selector.Config.model_validate(value).model_dump(mode="json")
-        except ValidationError as error:
-            raise user_error(error, "layers", selector.Config.model_fields) from None
+        return _resolved(find("select", _type_of(value, "layers"), Selector).Config, value, "layers")
 
     @field_validator("stages")
     @classmethod
     def _resolve_stages(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
         resolved = []
         for index, settings in enumerate(value):
-            stage = find("stages", _type_of(settings, f"stages.{index}"), Stage)
-            try:
-                resolved.append(stage.Config.model_validate(settings).model_dump(mode="json"))
-            except ValidationError as error:
-                raise user_error(error, f"stages.{index}", stage.Config.model_fields) from None
+            where = f"stages.{index}"
+            resolved.append(_resolved(find("stages", _type_of(settings, where), Stage).Config, settings, where))
         return resolved
 
     @model_validator(mode="after")
@@ -162,7 +155,7 @@ class Recipe(Strict):
         """What chooses the layers of a model of this family; None where the recipe names them."""
         if not isinstance(self.layers, dict):
             return None
-        found = find("selectors", self.layers["type"], Selector)
+        found = find("select", self.layers["type"], Selector)
         return found(found.Config.model_validate(self.layers), family)
 
     @classmethod
@@ -233,6 +226,14 @@ def mixer_config(settings: Mapping[str, Any]) -> Any:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _resolved(config: type[BaseModel], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a stage or selector, validated, with the defaults of all that are not given."""
+    try:
+        return config.model_validate(settings).model_dump(mode="json")
+    except ValidationError as error:
+        raise user_error(error, where, config.model_fields) from None
 
 
 def available() -> dict[str, Path]:

@@ -20,7 +20,6 @@ class Qwen25VL(Family):
     rotary = staticmethod(apply_rotary_pos_emb)
     auto_class = "AutoModelForImageTextToText"
     base = "model.language_model"
-
     tells_positions = False
 
     @classmethod

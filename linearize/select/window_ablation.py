@@ -34,7 +34,7 @@ from linearize.evals.text import LOGIT_BUDGET, evaluating
 from linearize.families.base import Family
 from linearize.losses import divergence
 from linearize.schema import Count
-from linearize.selectors.base import Choice, Round, Selector, SelectorConfig
+from linearize.select.base import Choice, Round, Selector, SelectorConfig
 
 LONGEST = 2048
 """Tokens of a row that are looked at where `seq_len` says nothing else."""

@@ -20,7 +20,7 @@ from linearize.schema import Strict
 class SelectorConfig(Strict):
     """Settings of every selector."""
 
-    type: str = Field(description="Which selector: the name of a file in linearize/selectors, or module:Class.")
+    type: str = Field(description="Which selector: the name of a file in linearize/select, or module:Class.")
     keep: float = Field(
         0.25, gt=0, description="Layers that keep their softmax attention: a share of all below 1, else how many."
     )

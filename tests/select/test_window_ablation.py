@@ -15,8 +15,8 @@ from trainable import dataset, make_recipe, snapshot, write_source
 from linearize.errors import UserError
 from linearize.pipeline import convert, plan_of
 from linearize.registry import family_of, find, keys
-from linearize.selectors.base import Selector
-from linearize.selectors.window_ablation import WindowAblation, looks, windowed
+from linearize.select.base import Selector
+from linearize.select.window_ablation import WindowAblation, looks, windowed
 
 CAUSAL = [key for key in KEYS if find_family(key).causal]
 IDS = torch.randint(2, 90, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -120,7 +120,7 @@ def test_an_encoder_gets_no_choice() -> None:
         selector("bert").check(pico_model("bert").config, ROW)
 
 
-@pytest.mark.parametrize("key", keys("selectors"))
+@pytest.mark.parametrize("key", keys("select"))
 def test_a_conversion_keeps_the_chosen_layers_and_its_choice(
     key: str, tmp_path: Path, pico_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +143,7 @@ def test_a_conversion_keeps_the_chosen_layers_and_its_choice(
     written = json.loads((out / "config.json").read_text())["linearize"]["layers"]
     assert [i for i, mixer in enumerate(written) if mixer is None] == kept and len(kept) == 2
     assert f", or so: {key} chooses which" in said[0] and " chooses which" not in said[1]
-    monkeypatch.setattr(find("selectors", key, Selector), "choose", None)
+    monkeypatch.setattr(find("select", key, Selector), "choose", None)
     (out / "config.json").unlink()
     assert convert(recipe, out, resume=True, say=said.append) == out, "the choice is not made again"
     assert json.loads((out / "config.json").read_text())["linearize"]["layers"] == written
