@@ -24,10 +24,6 @@ from linearize.teacher import See, run_teacher, teacher_logits
 Inputs = Mapping[str, torch.Tensor]
 
 
-SHARES = (0.05, 0.95)
-"""Least and largest first share of a window, so that either branch still learns."""
-
-
 class InitConfig(Strict):
     """How new tensors get their first values."""
 
@@ -76,17 +72,15 @@ def calibrate(model: Any, batches: Sequence[Inputs]) -> dict[str, Calibration]:
 
 @torch.no_grad()
 def match_outputs(model: Any, batches: Sequence[Inputs]) -> None:
-    """Set the factor per head of each recurrent branch, and its share beside a window, by least squares on the
-    teacher's head outputs y*.
+    """Set the factor per head of each recurrent branch by least squares on the teacher's head outputs.
 
-    With the factor c and, of a mixer with a `window_logit`, the window's share m, a head's output is
-    y = m w + (1 - m) c r. Without a share it is y = w + c r, w being all that does not come from the recurrent branch.
-    Both are linear in a = m or 1 and b = (1 - m) c or c, whose best values solve a system of two equations per head.
+    A layer's output is affine in the factor c: y(c) = y(0) + c (y(1) - y(0)), so c = <y* - y(0), d> / <d, d>, d = y(1)
+    - y(0).
     """
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, list[torch.Tensor]] = {}
 
     def collect(name: str, attn: SwappedAttention, call: Call, heads: torch.Tensor, _: torch.Tensor) -> None:
-        scale, logit = attn.mixer.output_scale, attn.mixer.window_logit
+        scale = attn.mixer.output_scale
         if scale is None:
             return
         outputs = []
@@ -95,31 +89,18 @@ def match_outputs(model: Any, batches: Sequence[Inputs]) -> None:
             y = attn.heads(call.x, call.position, call.batch)[0]
             outputs.append(y.double())
         teacher, real = heads.view_as(outputs[0]).double(), call.batch.real
-        w, r = outputs[0], outputs[1] - outputs[0]
+        without, direction = outputs[0], outputs[1] - outputs[0]
         if real is not None:
-            teacher, w, r = teacher[real], w[real], r[real]  # [tokens, Hq, V]
-        if logit is not None:
-            share = logit.double().sigmoid()[:, None]
-            w, r = w / share, r / (1 - share)
+            teacher, without, direction = teacher[real], without[real], direction[real]  # [tokens, Hq, V]
         per_head = [d for d in range(teacher.ndim) if d != teacher.ndim - 2]
-        products = ((w, w), (w, r), (r, r), (w, teacher), (r, teacher))
-        found = torch.stack([(first * second).sum(per_head) for first, second in products])
-        sums[name] = sums.get(name, 0) + found
+        found = [((teacher - without) * direction).sum(per_head), direction.square().sum(per_head)]
+        sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else found
 
     watch(model, batches, collect)
     for name, attn in swapped(model).items():
-        scale, logit = attn.mixer.output_scale, attn.mixer.window_logit
-        if scale is None:
-            continue
-        ww, wr, rr, wy, ry = sums[name]
-        share = torch.ones_like(ww)
-        if logit is not None:
-            determinant = ww * rr - wr.square()
-            best = (wy * rr - ry * wr) / determinant.clamp_min(1e-30)
-            share = torch.where(determinant > 1e-9 * ww * rr, best, logit.double().sigmoid()).clamp(*SHARES)
-            logit.copy_(share.logit())
-        left = 1.0 if logit is None else 1 - share
-        scale.copy_(torch.where(rr > 0, (ry - share * wr) / rr.clamp_min(1e-30) / left, 1.0))
+        if attn.mixer.output_scale is not None:
+            product, square = sums[name]
+            attn.mixer.output_scale.copy_(torch.where(square > 0, product / square.clamp_min(1e-30), 1.0))
 
 
 def watch(model: Any, batches: Sequence[Inputs], see: See) -> None:

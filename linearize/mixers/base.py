@@ -144,13 +144,6 @@ class Mixer(nn.Module):
         """
         return None
 
-    @property
-    def window_logit(self) -> nn.Parameter | None:
-        """The parameter [Hq] whose sigmoid m makes y = m window + (1 - m) recurrent before any training, or None where
-        the branches are combined otherwise.
-        """
-        return None
-
     @contextmanager
     def without(self, disabled: frozenset[str]) -> Iterator[None]:
         """Inside the context these branches, and no others, are switched off."""

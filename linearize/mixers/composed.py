@@ -180,10 +180,6 @@ class Composed(Mixer):
         return self.output.scale if self.config.output.scale else None
 
     @property
-    def window_logit(self) -> nn.Parameter | None:
-        return None if self.combine is None else self.combine.window_logit
-
-    @property
     def exact(self) -> int:
         return self.config.window
 

@@ -254,8 +254,8 @@ def branches_can_be_switched_off(make: Make) -> None:
 
 @torch.no_grad()
 def declared_linearity_is_true(make: Make) -> None:
-    """y is linear in v where `linear_in_values` says so, `bare` or not, and affine in `output_scale` and, as
-    initialised, in the sigmoid of `window_logit` where there are any.
+    """y is linear in v where `linear_in_values` says so, `bare` or not, and affine in `output_scale` where there is
+    one.
     """
     mixer, (q, k, v, x), other = make(), _given(1), _given(1, seed=5)[2]
     for context in (nullcontext(), mixer.only_mixing()):
@@ -268,14 +268,6 @@ def declared_linearity_is_true(make: Make) -> None:
         _check(list(scale.shape) == [HEADS], f"output_scale is {list(scale.shape)}, expected {[HEADS]}")
         y = [run(mixer, [q, k, v, x])[0] for value in (0.0, 1.0, 2.0) if scale.fill_(value) is not None]
         _same(y[2] - y[1], y[1] - y[0], "the step of y from output_scale 1 to 2 against that from 0 to 1")
-    if (logit := mixer.window_logit) is not None:
-        _check(list(logit.shape) == [HEADS], f"window_logit is {list(logit.shape)}, expected {[HEADS]}")
-        mixer.initialise("model.layers.7.self_attn.mixer", seed=3)
-        shares = torch.tensor([0.2, 0.5, 0.8]).logit()
-        y = [run(mixer, [q, k, v, x])[0] for value in shares if logit.fill_(value) is not None]
-        _same(
-            y[2] - y[1], y[1] - y[0], "the step of y from a window's share of 0.5 to 0.8 against that from 0.2 to 0.5"
-        )
 
 
 RULES: tuple[Callable[[Make], None], ...] = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
 
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import Part
@@ -48,11 +47,6 @@ class Combine(Part):
         super().__init__()
         self.config = config
         self.shape = shape
-
-    @property
-    def window_logit(self) -> nn.Parameter | None:
-        """See `linearize.mixers.base.Mixer.window_logit`."""
-        return None
 
     def forward(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
         """[B, T, Hq, V]; x [B, T, C] is the layer's input."""

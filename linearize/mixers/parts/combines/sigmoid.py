@@ -47,10 +47,6 @@ class Sigmoid(Combine):
         mix = self.config.mix
         return {"weight": Constant(0.0), "bias": Constant(math.log(mix / (1 - mix)))}
 
-    @property
-    def window_logit(self) -> nn.Parameter:
-        return self.bias
-
     def forward(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
         z = F.linear(x, self.weight.to(x.dtype))
         mix = (z.to(working_dtype(z)) + self.bias).sigmoid().unsqueeze(-1)
