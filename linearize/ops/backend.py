@@ -31,24 +31,27 @@ def _log_once(op: str, chosen: str, reason: str) -> None:
 
 
 @functools.cache
-def _broken_gate_backward() -> str:
-    """Why fla refuses gradients of scalar gates: triton 3.4 - 3.7.0 miscompiles them on Hopper (fla 640)."""
+def _broken_gate_backward() -> bool:
+    """Whether fla refuses gradients of scalar gates: triton 3.4 - 3.7.0 miscompiles them on Hopper (fla 640)."""
     if torch.cuda.get_device_capability()[0] != 9 or importlib.util.find_spec("tilelang") is not None:
-        return ""
+        return False
     try:
         import triton
     except ImportError:
-        return ""
+        return False
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
-    if not (3, 4, 0) <= version < (3, 7, 1):
-        return ""
-    return f"triton {triton.__version__} miscompiles gradients of scalar gates on Hopper GPUs, 3.7.1 does not"
+    return (3, 4, 0) <= version < (3, 7, 1)
 
 
-def gate_obstacle(*tensors: torch.Tensor) -> str:
-    """Why fla's kernels with one gate per head give no gradients for `tensors` here, or an empty string."""
-    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return _broken_gate_backward() if needs_gradients and tensors[0].is_cuda else ""
+def kernel_gate(g: torch.Tensor, k: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """The gate that fla's kernels get for a log-decay per head `[B, T, H]`: itself, or the same per channel of k.
+
+    The kernels with a decay per channel give right gradients where those with one per head give none.
+    """
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (g, k, *others))
+    if trains and k.is_cuda and _broken_gate_backward():
+        return g.unsqueeze(-1).expand(*g.shape, k.shape[-1]).contiguous()
+    return g
 
 
 def _obstacle(tensor: torch.Tensor, unsupported: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from linearize.ops.backend import fla_kernel, gate_obstacle
+from linearize.ops.backend import fla_kernel, kernel_gate
 from linearize.ops.gla import decayed_scores
 from linearize.ops.layout import from_chunks, to_chunks
 from linearize.ops.recurrence import Gate, Recurrence, run
@@ -125,12 +125,14 @@ def kernel(
     state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> Result:
-    """fla's chunk_delta_rule, chunk_gated_delta_rule or chunk_kda, by the shape of g."""
+    """fla's chunk_delta_rule, chunk_gated_delta_rule or chunk_kda, by the shape of g; see `kernel_gate`."""
     options: dict[str, Any] = dict(scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
     if g is None and q.dtype != torch.float32:
         return fla_kernel("delta_rule", "delta_rule", "chunk_delta_rule")(q, k, v, beta, **options)
     if g is None:  # chunk_delta_rule refuses float32
         g = torch.zeros_like(beta)
+    if g.dim() == 3:
+        g = kernel_gate(g, k, q, v, beta)
     folder = ("gated_delta_rule", "chunk_gated_delta_rule") if g.dim() == 3 else ("kda", "chunk_kda")
     gated = fla_kernel("delta_rule", *folder)
     return gated(q, k, v, g, beta, **options)
@@ -140,13 +142,10 @@ def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Gate, beta: t
     """Why fla's kernel cannot take these arguments here, or an empty string."""
     if q.shape[-1] > KERNEL_CHANNELS:
         return f"fla's delta rules take keys of at most {KERNEL_CHANNELS} channels, not {q.shape[-1]}"
-    if g is not None:
-        return gate_obstacle(q, k, v, g, beta) if g.dim() == 3 else ""
-    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return gate_obstacle(q, k, v, beta) if common == torch.float32 else ""
+    return ""
 
 
-DELTA_RULE = Recurrence("delta_rule", naive, chunk, step, kernel, obstacle)
+DELTA_RULE = Recurrence("delta_rule", naive, chunk, step, kernel, obstacle, unit_keys=True)
 
 
 def delta_rule(

@@ -65,6 +65,7 @@ DELTA_PRODUCT = Recurrence(
     _by_steps(DELTA_RULE.step),
     kernel,
     obstacle,
+    unit_keys=True,
     steps=True,
 )
 

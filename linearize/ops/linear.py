@@ -14,7 +14,7 @@ import torch
 from linearize.ops.gla import GLA
 from linearize.ops.layout import check_inputs, expand_heads, fit_chunk, working_dtype, zero_padding
 from linearize.ops.recurrence import Gate, Recurrence, run
-from linearize.ops.simple_gla import SIMPLE_GLA, obstacle
+from linearize.ops.simple_gla import SIMPLE_GLA
 
 State = tuple[torch.Tensor, torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -74,7 +74,7 @@ def kernel(
     return (num, den.squeeze(-1) * scale), (S, z.squeeze(-1))
 
 
-LINEAR = Recurrence("linear_attention", naive, chunk, step, kernel, obstacle)
+LINEAR = Recurrence("linear_attention", naive, chunk, step, kernel)
 
 
 def linear_attention(

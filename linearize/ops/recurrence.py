@@ -28,7 +28,7 @@ class Recurrence:
     `naive(*inputs, state)`, `step(*inputs, state)` and `chunk(*inputs, state, chunk_size)` get `[B, T, H, ...]` tensors
     of one working dtype (float32 or float64) with as many heads everywhere as q has, q already scaled, k, v and gates
     neutral at padding; `state` is None or what a form returned. `step` gets a state and few tokens.
-    `kernel(*inputs, scale, state, cu_seqlens)` gets q, k, v in their own common dtype and rows laid end to end
+    `kernel(*inputs, scale, state, cu_seqlens)` gets q, k, v in one dtype, see `unit_keys`, and rows laid end to end
     where `cu_seqlens` is given. Each returns (outputs, state): a tensor or a tuple of tensors, twice.
     """
 
@@ -44,6 +44,9 @@ class Recurrence:
     resets: bool = True
     """Whether the first gate is a log-decay, None for none, that forgets everything at -inf. Packed documents then stay
     in their rows; otherwise each becomes a row of its own."""
+    unit_keys: bool = False
+    """Whether keys are meant to have unit length. The kernel then takes q and k in the dtype of v, as 16 bits do them
+    little harm; otherwise, where sums of many features matter, in the common one."""
     steps: bool = False
     """Whether k and v are `[B, T, H, n, ...]`: n steps of the recurrence for each token."""
 
@@ -94,7 +97,7 @@ def run(
             documents = fill_padding(documents, mask)
         if chosen == "fla":
             assert op.kernel is not None
-            shared = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+            shared = v.dtype if op.unit_keys else torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
             return _run_kernel(op.kernel, [q.to(shared), k.to(shared), v.to(shared), *ready], scale, documents, state)
         inputs = [q.to(dtype) * scale, k.to(dtype), v.to(dtype), *ready]
         if chosen == "step":

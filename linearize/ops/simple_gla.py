@@ -6,7 +6,7 @@ Source of the chunked form: Dao & Gu 2024, arXiv 2405.21060. `simple_gla` is the
 
 import torch
 
-from linearize.ops.backend import fla_kernel, gate_obstacle
+from linearize.ops.backend import fla_kernel, kernel_gate
 from linearize.ops.layout import from_chunks, read_out, to_chunks
 from linearize.ops.recurrence import Gate, Recurrence, run
 
@@ -77,17 +77,14 @@ def kernel(
     state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> Result:
-    """fla's chunk_simple_gla."""
-    call = fla_kernel("simple_gla", "simple_gla", "chunk_simple_gla")
+    """fla's chunk_simple_gla or, where `kernel_gate` says so, chunk_gla."""
+    g = None if g is None else kernel_gate(g, k, q, v)
+    folder = ("gla", "chunk_gla") if g is not None and g.dim() == 4 else ("simple_gla", "chunk_simple_gla")
+    call = fla_kernel("simple_gla", *folder)
     return call(q, k, v, g=g, scale=scale, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
 
 
-def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: Gate) -> str:
-    """Why fla's kernel gives no gradients here, or an empty string."""
-    return "" if g is None else gate_obstacle(q, k, v, g)
-
-
-SIMPLE_GLA = Recurrence("simple_gla", naive, chunk, step, kernel, obstacle)
+SIMPLE_GLA = Recurrence("simple_gla", naive, chunk, step, kernel)
 
 
 def simple_gla(

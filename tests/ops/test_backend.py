@@ -49,6 +49,7 @@ class _OnCuda:
     """What `choose` reads of a CUDA tensor."""
 
     is_cuda, dtype, device, requires_grad = True, torch.bfloat16, torch.device("cuda"), False
+    shape = (2, 3, 4, 5)
 
 
 def test_on_cuda_the_reason_decides(monkeypatch: pytest.MonkeyPatch):
@@ -82,10 +83,11 @@ def test_scalar_gates_avoid_the_miscompiled_backward(
     backend._broken_gate_backward.cache_clear()
     training, inference = _OnCuda(), _OnCuda()
     training.requires_grad = True
-    assert bool(backend.gate_obstacle(training)) == broken
-    assert not backend.gate_obstacle(inference)
+    gate = torch.zeros(2, 3, 4)
+    assert backend.kernel_gate(gate, training).dim() == (4 if broken else 3)
+    assert backend.kernel_gate(gate, inference) is gate
     with torch.no_grad():
-        assert not backend.gate_obstacle(training)
+        assert backend.kernel_gate(gate, training) is gate
     backend._broken_gate_backward.cache_clear()
 
 
