@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
     import yaml
 
     from linearize.errors import UserError, did_you_mean
-    from linearize.recipe import available, read_recipe
+    from linearize.recipe_files import available, read_recipe
 
     known = available()
     if arguments.name is None:

@@ -26,7 +26,9 @@ from linearize.mixers.composed import ComposedConfig
 from linearize.mixers.parts.base import Part
 from linearize.mixers.parts.conv import ConvConfig
 from linearize.mixers.parts.output import OutputConfig
-from linearize.recipe import ALIASES, ExportConfig, KeptConfig, ModelConfig, Recipe, available
+from linearize.model_names import ALIASES
+from linearize.recipe import ExportConfig, KeptConfig, ModelConfig, Recipe
+from linearize.recipe_files import available
 from linearize.registry import find, keys
 from linearize.schema import parse_count
 from linearize.select.base import Selector, SelectorConfig

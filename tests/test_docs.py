@@ -27,7 +27,8 @@ from linearize.mixers.base import HeadShape, Mixer, config_from_dict
 from linearize.mixers.parts.base import Calibration, Part
 from linearize.pipeline import plan_of, swap
 from linearize.plan import make_plan
-from linearize.recipe import Recipe, available
+from linearize.recipe import Recipe
+from linearize.recipe_files import available
 from linearize.registry import find, keys
 from linearize.testing import check_mixer
 

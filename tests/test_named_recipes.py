@@ -11,7 +11,8 @@ import torch
 
 import linearize
 from linearize.pipeline import convert
-from linearize.recipe import Recipe, available, read_recipe
+from linearize.recipe import Recipe
+from linearize.recipe_files import available, read_recipe
 
 TOKENS = 128
 """More than the usual windows of 64, which hold everything before."""

@@ -12,7 +12,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from linearize.errors import UserError
 from linearize.plan import Plan, choose_layers, make_plan
-from linearize.recipe import Recipe, available
+from linearize.recipe import Recipe
+from linearize.recipe_files import available
 from linearize.swap import swapped
 
 

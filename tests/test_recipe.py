@@ -11,7 +11,8 @@ import yaml
 
 from linearize.errors import UserError
 from linearize.model_names import ALIASES, resolve_model
-from linearize.recipe import Recipe, available
+from linearize.recipe import Recipe
+from linearize.recipe_files import available
 from linearize.registry import find, keys
 from linearize.schema import parse_count
 from linearize.stages.base import Stage
@@ -88,6 +89,7 @@ def test_a_wrong_setting_is_named_with_its_remedy(recipe_file: Path, override: s
     [
         ("stages.0.tokens", "override 'stages.0.tokens' is not key=value, for example stages.0.tokens=20M"),
         ("=3", "override '=3' is not key=value"),
+        ("mine.yaml", "override 'mine.yaml' is not key=value, give a recipe file as --recipe mine.yaml"),
         ("stages.2.tokens=3", "override 'stages.2.tokens': '2' is not one of the 2 items, counted from 0"),
         ("stages.first.tokens=3", "'first' is not one of the 2 items"),
         ("stages.2=3", "'2' is not one of the 2 items"),
