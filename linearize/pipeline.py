@@ -179,7 +179,7 @@ def chosen(recipe: Recipe, model: Any, tokenizer: Any, place: Path) -> Recipe:
     assert selector is not None
     join(model.device)
     if is_main() and not place.exists():
-        choice = selector.choose(model, tokenizer, prepare(recipe.data, tokenizer))
+        choice = selector.choose(model, tokenizer, prepare(recipe.source_data(), tokenizer))
         partial = place.with_suffix(".partial")
         partial.write_text(json.dumps(choice.to_dict(), indent=1) + "\n")
         os.replace(partial, place)
@@ -198,7 +198,7 @@ def swap(model: Any, plan: Plan, seed: int) -> None:
 
 def calibrated(model: Any, plan: Plan, recipe: Recipe, tokenizer: Any) -> None:
     """Set gates and output sizes from the teacher, on the first rows of the training data."""
-    rows = prepare(recipe.data, tokenizer)
+    rows = prepare(recipe.source_data(), tokenizer)
     count = min(max(1, recipe.init.tokens // rows.seq_len), len(rows))
     batches = [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
     calibrate(model, batches)

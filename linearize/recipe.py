@@ -7,6 +7,7 @@ the overrides and validates all of it. `recipe.to_yaml()` is the resolved form, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,9 @@ from linearize.registry import find, find_class
 from linearize.schema import Count, Strict, user_error
 from linearize.select.base import Selector
 from linearize.stages.base import Stage
+
+LOOKED_AT = 2**20
+"""Tokens of a stream that are read where no stage trains on it."""
 
 
 class ModelConfig(Strict):
@@ -132,7 +136,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _stages_find_their_data(self) -> Recipe:
         for index, settings in enumerate(self.stages):
-            self.stage_data(settings, f"stages.{index}")
+            self._stage_data(settings, f"stages.{index}")
         return self
 
     def stage_data(self, settings: Mapping[str, Any], where: str = "stage") -> DataConfig:
@@ -141,6 +145,24 @@ class Recipe(Strict):
         Raises:
             UserError: for a key or value that does not fit.
         """
+        return self._as_far_as_needed(self._stage_data(settings, where))
+
+    def source_data(self) -> DataConfig:
+        """What the source model is looked at on, to choose layers and to calibrate mixers: `data`."""
+        return self._as_far_as_needed(self.data)
+
+    def _as_far_as_needed(self, data: DataConfig) -> DataConfig:
+        """`data`, of a stream no more than the longest stage takes that trains on just that."""
+        if not data.streaming or data.max_tokens is not None:
+            return data
+        trained = [
+            math.ceil(stage["tokens"] / (stage["batch_size"] * data.seq_len)) * stage["batch_size"] * data.seq_len
+            for stage in self.stages
+            if "tokens" in stage and self._stage_data(stage) == data
+        ]
+        return data.model_copy(update={"max_tokens": max(trained, default=LOOKED_AT)})
+
+    def _stage_data(self, settings: Mapping[str, Any], where: str = "stage") -> DataConfig:
         own = dict(settings.get("data") or {})
         if "seq_len" in own:
             raise UserError(f"{where}.data.seq_len: a stage has a seq_len of its own; write {where}.seq_len")

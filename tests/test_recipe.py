@@ -280,3 +280,25 @@ def test_a_recipe_file_that_is_not_one(tmp_path: Path, text: bytes) -> None:
 def test_values_that_would_fail_only_after_training(override: str) -> None:
     with pytest.raises(UserError, match=override.partition("=")[0].replace(".", "[.]")):
         Recipe.load("lolcats", "demo", [override])
+
+
+def test_a_stream_is_read_as_far_as_the_stages_need() -> None:
+    """Otherwise a recipe of 40M tokens would prepare all ten billion of a corpus first."""
+    stages = [
+        {"type": "attention_transfer", "tokens": 1000, "batch_size": 4, "seq_len": 64},
+        {"type": "logit_kl", "tokens": 1001, "batch_size": 2},
+        {"type": "logit_kl", "tokens": 700, "batch_size": 2, "data": {"recall_fraction": 0.5}},
+        {"type": "logit_kl", "tokens": 5000, "batch_size": 2, "data": {"max_tokens": 300}},
+    ]
+
+    def recipe(**data: Any) -> Recipe:
+        text = {"source": "someone/fish", "seq_len": 128, "streaming": True, **data}
+        return Recipe.parse({"model": {"name": "demo"}, "mixer": "gdn", "data": text, "stages": stages})
+
+    bounded = recipe()
+    assert [bounded.stage_data(s).max_tokens for s in bounded.stages] == [1024, 1024, 768, 300]
+    assert bounded.source_data() == bounded.stage_data(bounded.stages[1])  # prepared once for both
+    assert recipe(streaming=False).source_data().max_tokens is None
+    assert recipe(max_tokens=5000).source_data().max_tokens == 5000
+    stages.pop(1)
+    assert recipe().source_data().max_tokens == 2**20

@@ -25,7 +25,9 @@ class DataConfig(Strict):
         "to the split that its name contains as a word; the others, and a file named alone, belong to train.",
     )
     streaming: bool = Field(
-        False, description="Read the Hub dataset while it arrives instead of downloading all of it first."
+        False,
+        description="Read the Hub dataset while it arrives instead of downloading all of it first, and no more of it "
+        "than the stages train on, unless `max_tokens` says otherwise.",
     )
     format: Literal["auto", "text", "chat", "instruction", "preference"] = Field(
         "auto",
