@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
 from linearize.data import DataConfig
 from linearize.errors import UserError
@@ -87,6 +87,9 @@ class Recipe(Strict):
     )
     mixer: dict[str, Any] = Field(description="`type` names the mixer; the other keys are its own settings.")
     data: DataConfig = Field(description="Training text.")
+    tokens: Annotated[Count, Field(gt=0)] | None = Field(
+        None, description="Tokens of all stages together, of which each keeps its share; null for what they say."
+    )
     stages: list[dict[str, Any]] = Field(
         [],
         description="Training stages in order; `type` names the stage, the other keys are its own settings.",
@@ -126,12 +129,12 @@ class Recipe(Strict):
 
     @field_validator("stages")
     @classmethod
-    def _resolve_stages(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _resolve_stages(cls, value: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
         resolved = []
         for index, settings in enumerate(value):
             where = f"stages.{index}"
             resolved.append(_resolved(find("stages", _type_of(settings, where), Stage).Config, settings, where))
-        return resolved
+        return _sharing(resolved, info.data.get("tokens"))
 
     @model_validator(mode="after")
     def _stages_find_their_data(self) -> Recipe:
@@ -256,6 +259,18 @@ def _resolved(config: type[BaseModel], settings: Mapping[str, Any], where: str) 
         return config.model_validate(settings).model_dump(mode="json")
     except ValidationError as error:
         raise user_error(error, where, config.model_fields) from None
+
+
+def _sharing(stages: list[dict[str, Any]], budget: int | None) -> list[dict[str, Any]]:
+    """Stages of `budget` tokens together, whose shares are those of the tokens that they have."""
+    if budget is None:
+        return stages
+    said = [stage.get("tokens", 0) for stage in stages]
+    if not sum(said):
+        raise ValueError(f"tokens: {budget:,} are for stages that train, and there are none; leave it out")
+    given = [round(tokens * budget / sum(said)) for tokens in said]
+    given[said.index(max(said))] += budget - sum(given)
+    return [{**s, "tokens": max(1, n)} if "tokens" in s else s for s, n in zip(stages, given, strict=True)]
 
 
 def _type_of(value: dict[str, Any], where: str) -> str:

@@ -282,6 +282,19 @@ def test_values_that_would_fail_only_after_training(override: str) -> None:
         Recipe.load("lolcats", "demo", [override])
 
 
+def test_stages_share_a_budget() -> None:
+    recipe = Recipe.load("auto_linear", model="demo", overrides=["tokens=11k"])
+    assert [stage["tokens"] for stage in recipe.stages] == [7000, 4000]
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    kept = Recipe.load("default/halo", model="demo", overrides=["tokens=1420M"])
+    assert kept.stages == Recipe.load("default/halo", model="demo").stages
+    for stages in ("[]", "[{type: qk_restore}]"):
+        with pytest.raises(UserError, match="tokens: 11,000 are for stages that train, and there are none"):
+            Recipe.load("auto_linear", model="demo", overrides=["tokens=11k", f"stages={stages}"])
+    with pytest.raises(UserError, match="tokens"):
+        Recipe.load("auto_linear", model="demo", overrides=["tokens=-1"])
+
+
 def test_a_stream_is_read_as_far_as_the_stages_need() -> None:
     """Otherwise a recipe of 40M tokens would prepare all ten billion of a corpus first."""
     stages = [

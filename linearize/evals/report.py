@@ -52,7 +52,8 @@ def report(folders: Sequence[str | Path]) -> str:
     """A Markdown table with a row per conversion, sorted as given.
 
     Columns: parameters added, bytes of state per swapped layer, the loss at the first measured length after each step,
-    its gap to the teacher at the end at every length, the same with the linear branch off, and recall at the end.
+    its gap to the teacher at the end at every length, KL(teacher || student) per token, the gap with the linear branch
+    off, and recall at the end.
     """
     found = [read_conversion(folder) for folder in folders]
     steps = union(name for c in found for name in c.points if name != "teacher")
@@ -62,9 +63,11 @@ def report(folders: Sequence[str | Path]) -> str:
     first = lengths[0] if lengths else 0
     header = ["", "mixer", "layers", "new parameters", "state KiB/layer"]
     header += [f"loss {first} {step}" for step in steps]
-    header += [f"gap {length}" for length in lengths] + [f"gap {length}, linear off" for length in lengths]
+    diverging = union(point.length for c in found for m in c.points.values() for point in m.divergence)
+    header += [f"gap {length}" for length in lengths] + [f"KL {length}" for length in diverging]
+    header += [f"gap {length}, linear off" for length in lengths]
     header += [f"recall {case_name(case)}" for case in cases] + ["tokens"]
-    rows = [_row(c, steps, first, lengths, cases) for c in found]
+    rows = [_row(c, steps, lengths, diverging, cases) for c in found]
     return grid(header, rows) + _teachers(found, lengths, cases)
 
 
@@ -77,7 +80,10 @@ def to_json(folders: Sequence[str | Path], path: str | Path) -> None:
         Path(path).write_text(json.dumps(data, indent=1) + "\n")
 
 
-def _row(c: Conversion, steps: list[str], first: int, lengths: list[int], cases: list[tuple[int, int]]) -> list[str]:
+def _row(
+    c: Conversion, steps: list[str], lengths: list[int], diverging: list[int], cases: list[tuple[int, int]]
+) -> list[str]:
+    first = lengths[0] if lengths else 0
     teacher, last = c.points.get("teacher"), list(c.points.values())[-1]
     states = [size for size in c.facts["state_bytes"] if size]
     row = [c.name, c.facts["mixer"], c.facts["layers"], f"{c.facts['new_parameters']:,}"]
@@ -89,6 +95,7 @@ def _row(c: Conversion, steps: list[str], first: int, lengths: list[int], cases:
         return NOTHING if loss is None or base is None else number(loss - base, sign="+")
 
     row += [gap(last.loss(length), length) for length in lengths]
+    row += [number(None if (found := last.diverges(length)) is None else found.kl) for length in diverging]
     row += [gap(last.branch_loss("linear", length), length) for length in lengths]
     return [*row, *(percent(last.recall_rate(*case)) for case in cases), f"{last.tokens:,}"]
 

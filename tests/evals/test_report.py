@@ -54,6 +54,7 @@ def test_one_row_per_conversion_with_its_numbers(folders: list[Path]) -> None:
         last = list(points.values())[-1]
         gap = last["losses"][1]["loss"] - points["teacher"]["losses"][1]["loss"]
         assert row[header.index("gap 32")] == f"{gap:+.3f}"
+        assert row[header.index("KL 32")] == f"{last['divergence'][1]['kl']:.3f}"
     assert gdn[header.index("gap 16, linear off")] == "–" != lolcats[header.index("gap 16, linear off")]
     assert text.count("Teacher ") == 1
 
