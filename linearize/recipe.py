@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ from linearize.select.base import Selector
 from linearize.stages.base import Stage
 
 LOOKED_AT = 2**20
-"""Tokens of a stream that are read where no stage trains on it."""
+"""Tokens of a stream that are read at least where the source model is looked at on it."""
 
 
 class ModelConfig(Strict):
@@ -88,7 +89,10 @@ class Recipe(Strict):
     mixer: dict[str, Any] = Field(description="`type` names the mixer; the other keys are its own settings.")
     data: DataConfig = Field(description="Training text.")
     tokens: Annotated[Count, Field(gt=0)] | None = Field(
-        None, description="Tokens of all stages together, of which each keeps its share; null for what they say."
+        None,
+        exclude=True,
+        description="Tokens of all stages together, of which each gets the share that it has by its own; null for what "
+        "the stages say.",
     )
     stages: list[dict[str, Any]] = Field(
         [],
@@ -155,15 +159,16 @@ class Recipe(Strict):
         return self._as_far_as_needed(self.data)
 
     def _as_far_as_needed(self, data: DataConfig) -> DataConfig:
-        """`data`, of a stream no more than the longest stage takes that trains on just that."""
+        """`data`, of a stream no more than is looked at, or the longest stage takes that trains on just that."""
         if not data.streaming or data.max_tokens is not None:
             return data
-        trained = [
-            math.ceil(stage["tokens"] / (stage["batch_size"] * data.seq_len)) * stage["batch_size"] * data.seq_len
-            for stage in self.stages
-            if "tokens" in stage and self._stage_data(stage) == data
-        ]
-        return data.model_copy(update={"max_tokens": max(trained, default=LOOKED_AT)})
+        needed = [LOOKED_AT, self.init.tokens] if data == self.data else []
+        for settings in self.stages:
+            stage = find("stages", settings["type"], Stage)
+            if stage.trains and self._stage_data(settings) == data:
+                config = stage.Config.model_validate(settings)
+                needed.append(config.trained_tokens(data.seq_len * data.item_rows))
+        return data.model_copy(update={"max_tokens": max(needed)})
 
     def _stage_data(self, settings: Mapping[str, Any], where: str = "stage") -> DataConfig:
         own = dict(settings.get("data") or {})
@@ -203,6 +208,11 @@ class Recipe(Strict):
             if not isinstance(section, dict):
                 raise UserError(f"{path}: model must hold keys such as name, got {section!r}")
             section["name"] = model
+        named = [text.partition("=")[0] for text in overrides]
+        if "tokens" in named and (own := [name for name in named if re.fullmatch(r"stages\.\d+\.tokens", name)]):
+            raise UserError(
+                f"tokens is a budget that all stages share, so {own[0]} has no say beside it; give one of them"
+            )
         for text in overrides:
             override(data, text)
         if "model" not in data:
@@ -265,12 +275,13 @@ def _sharing(stages: list[dict[str, Any]], budget: int | None) -> list[dict[str,
     """Stages of `budget` tokens together, whose shares are those of the tokens that they have."""
     if budget is None:
         return stages
-    said = [stage.get("tokens", 0) for stage in stages]
-    if not sum(said):
-        raise ValueError(f"tokens: {budget:,} are for stages that train, and there are none; leave it out")
-    given = [round(tokens * budget / sum(said)) for tokens in said]
-    given[said.index(max(said))] += budget - sum(given)
-    return [{**s, "tokens": max(1, n)} if "tokens" in s else s for s, n in zip(stages, given, strict=True)]
+    said = [stage["tokens"] for stage in stages if "tokens" in stage]
+    if not said:
+        raise UserError(f"tokens={budget:,} is shared by the stages that train, and there are none; leave tokens out")
+    if budget * min(said) < sum(said):
+        least = math.ceil(sum(said) / min(said))
+        raise UserError(f"tokens={budget:,} leaves nothing for the shortest stage; give at least {least:,}")
+    return [{**s, "tokens": s["tokens"] * budget // sum(said)} if "tokens" in s else s for s in stages]
 
 
 def _type_of(value: dict[str, Any], where: str) -> str:

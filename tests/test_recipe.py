@@ -285,14 +285,23 @@ def test_values_that_would_fail_only_after_training(override: str) -> None:
 def test_stages_share_a_budget() -> None:
     recipe = Recipe.load("auto_linear", model="demo", overrides=["tokens=11k"])
     assert [stage["tokens"] for stage in recipe.stages] == [7000, 4000]
-    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert "tokens" not in yaml.safe_load(recipe.to_yaml())  # so that the resolved form shares nothing again
     kept = Recipe.load("default/halo", model="demo", overrides=["tokens=1420M"])
     assert kept.stages == Recipe.load("default/halo", model="demo").stages
-    for stages in ("[]", "[{type: qk_restore}]"):
-        with pytest.raises(UserError, match="tokens: 11,000 are for stages that train, and there are none"):
-            Recipe.load("auto_linear", model="demo", overrides=["tokens=11k", f"stages={stages}"])
-    with pytest.raises(UserError, match="tokens"):
-        Recipe.load("auto_linear", model="demo", overrides=["tokens=-1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages=[]"], "tokens=10 is shared by the stages that train, and there are none; leave tokens out"),
+        (["stages=[{type: qk_restore}]"], "tokens=10 is shared by the stages that train, and there are none"),
+        (["stages.0.tokens=5000M"], "stages.0.tokens has no say beside it; give one of them"),
+        ([], "tokens=10 leaves nothing for the shortest stage; give at least 15"),
+    ],
+)
+def test_budgets_that_cannot_be_shared(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Recipe.load("default/halo", model="demo", overrides=["tokens=10", *overrides])
 
 
 def test_a_stream_is_read_as_far_as_the_stages_need() -> None:
@@ -302,16 +311,24 @@ def test_a_stream_is_read_as_far_as_the_stages_need() -> None:
         {"type": "logit_kl", "tokens": 1001, "batch_size": 2},
         {"type": "logit_kl", "tokens": 700, "batch_size": 2, "data": {"recall_fraction": 0.5}},
         {"type": "logit_kl", "tokens": 5000, "batch_size": 2, "data": {"max_tokens": 300}},
+        {"type": "qk_restore"},
     ]
 
-    def recipe(**data: Any) -> Recipe:
+    def recipe(stages: list[dict[str, Any]] = stages, **data: Any) -> Recipe:
         text = {"source": "someone/fish", "seq_len": 128, "streaming": True, **data}
-        return Recipe.parse({"model": {"name": "demo"}, "mixer": "gdn", "data": text, "stages": stages})
+        init = {"type": "calibrated", "tokens": 4096}
+        return Recipe.parse({"model": {"name": "demo"}, "mixer": "gdn", "data": text, "stages": stages, "init": init})
 
     bounded = recipe()
-    assert [bounded.stage_data(s).max_tokens for s in bounded.stages] == [1024, 1024, 768, 300]
+    assert [bounded.stage_data(s).max_tokens for s in bounded.stages[:4]] == [1024, 2**20, 768, 300]
     assert bounded.source_data() == bounded.stage_data(bounded.stages[1])  # prepared once for both
+    long = [{"type": "logit_kl", "tokens": 2**20 + 1, "batch_size": 2}]
+    assert recipe(long).source_data().max_tokens == 2**20 + 256
     assert recipe(streaming=False).source_data().max_tokens is None
     assert recipe(max_tokens=5000).source_data().max_tokens == 5000
-    stages.pop(1)
-    assert recipe().source_data().max_tokens == 2**20
+
+
+def test_shipped_stages_leave_the_end_of_a_stream_to_their_budget() -> None:
+    for name in available():
+        stages = Recipe.load(name, model="demo").stages if not name.startswith("_") else []
+        assert not any("max_tokens" in (stage.get("data") or {}) for stage in stages), name

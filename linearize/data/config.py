@@ -27,7 +27,8 @@ class DataConfig(Strict):
     streaming: bool = Field(
         False,
         description="Read the Hub dataset while it arrives instead of downloading all of it first, and no more of it "
-        "than the stages train on, unless `max_tokens` says otherwise.",
+        "than the stages train on (where mixers are calibrated or layers chosen, at least 1M tokens), unless "
+        "`max_tokens` is set.",
     )
     format: Literal["auto", "text", "chat", "instruction", "preference"] = Field(
         "auto",
@@ -54,7 +55,11 @@ class DataConfig(Strict):
     shuffle: bool = Field(True, description="Shuffle documents before packing, and sequences in every epoch.")
     seed: int = Field(0, description="Seed of the document shuffle and of the synthetic recall documents.")
     recall_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of sequences that are synthetic recall documents."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of sequences that are synthetic recall documents, beside those that the text fills: 0.9 "
+        "makes ten times as many. `max_tokens` counts both.",
     )
 
     @property

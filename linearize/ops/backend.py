@@ -40,7 +40,13 @@ def _broken_gate_backward() -> bool:
     except ImportError:
         return False
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
-    return (3, 4, 0) <= version < (3, 7, 1)
+    if broken := (3, 4, 0) <= version < (3, 7, 1):
+        logger.info(
+            "triton %s miscompiles gradients of fla's decays per head on Hopper GPUs, so they run as equal decays per "
+            "channel, which takes more memory; triton 3.7.1 does not",
+            triton.__version__,
+        )
+    return broken
 
 
 def kernel_gate(g: torch.Tensor, k: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
@@ -49,7 +55,7 @@ def kernel_gate(g: torch.Tensor, k: torch.Tensor, *others: torch.Tensor) -> torc
     The kernels with a decay per channel give right gradients where those with one per head give none.
     """
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (g, k, *others))
-    if trains and k.is_cuda and _broken_gate_backward():
+    if trains and _broken_gate_backward():
         return g.unsqueeze(-1).expand(*g.shape, k.shape[-1]).contiguous()
     return g
 

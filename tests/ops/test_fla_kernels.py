@@ -6,9 +6,15 @@ from op_cases import CASES, Case, as_leaves, assert_close, document_rows, gradie
 
 pytestmark = pytest.mark.gpu
 
-# The kernels multiply float32 through TF32 (10 bits of mantissa) and bfloat16 with 8, and add up over the
-# row.
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
+
+def tolerance(case: Case, dtype: torch.dtype) -> float:
+    """The kernels multiply float32 through TF32 (10 bits of mantissa) and bfloat16 with 8, and add up over the row.
+    Delta rules also solve a triangular system in that precision.
+    """
+    if dtype == torch.bfloat16:
+        return 3e-2
+    return 1e-2 if case.recurrence.unit_keys else 5e-3
+
 
 WITH_KERNEL = [case for case in CASES if case.recurrence.kernel is not None]
 GATED = [case for case in WITH_KERNEL if case.decay != "none"]
@@ -34,7 +40,7 @@ def cuda_inputs(case: Case, T: int, K: int, dtype: torch.dtype) -> list[torch.Te
     return [x.requires_grad_() for x in converted]
 
 
-def compare(case: Case, inputs: list[torch.Tensor], tolerance: float, **options) -> None:
+def compare(case: Case, inputs: list[torch.Tensor], within: float, **options) -> None:
     """fla against torch: values, with and without gradients (a kernel of its own for some), dtypes and gradients."""
     expected, expected_after = case.run(inputs, backend="torch", **options)
     with torch.no_grad():
@@ -42,9 +48,9 @@ def compare(case: Case, inputs: list[torch.Tensor], tolerance: float, **options)
     outputs, after = case.run(inputs, backend="fla", **options)
     results, truths = [*outputs, *after], [*expected, *expected_after]
     assert [x.dtype for x in results] == [x.dtype for x in truths]
-    assert_close(results, truths, tolerance)
-    assert_close(alone, expected, tolerance)
-    assert_close(gradients(outputs, inputs), gradients(expected, inputs), tolerance)
+    assert_close(results, truths, within)
+    assert_close(alone, expected, within)
+    assert_close(gradients(outputs, inputs), gradients(expected, inputs), within)
 
 
 @pytest.mark.parametrize("case", WITH_KERNEL, ids=lambda case: case.name)
@@ -54,29 +60,21 @@ def compare(case: Case, inputs: list[torch.Tensor], tolerance: float, **options)
 def test_fla_kernel_equals_torch_chunk(case: Case, T: int, K: int, dtype: torch.dtype):
     inputs = cuda_inputs(case, T, K, dtype)
     _, state = case.run([x[:, :100].detach() for x in inputs], backend="torch")
-    compare(case, inputs, TOLERANCE[dtype], state=state)
-
-
-@pytest.mark.parametrize("case", [c for c in WITH_KERNEL if c.recurrence.unit_keys], ids=lambda case: case.name)
-def test_fla_kernel_takes_unit_keys_in_the_values_dtype(case: Case):
-    """As in mixed precision, where feature maps give float32 beside bfloat16 values."""
-    inputs = cuda_inputs(case, 1000, 64, torch.float32)
-    inputs[2] = inputs[2].detach().bfloat16().requires_grad_()
-    compare(case, inputs, TOLERANCE[torch.bfloat16])
+    compare(case, inputs, tolerance(case, dtype), state=state)
 
 
 @pytest.mark.parametrize("case", WITH_KERNEL, ids=lambda case: case.name)
 def test_fla_kernel_honours_documents(case: Case):
     documents = document_rows([[200, 1, 99, 700], [64, 936]]).cuda()
     inputs = cuda_inputs(case, 1000, 64, torch.float32)
-    compare(case, inputs, TOLERANCE[torch.float32], documents=documents)
+    compare(case, inputs, tolerance(case, torch.float32), documents=documents)
 
 
 @pytest.mark.parametrize("case", GATED, ids=lambda case: case.name)
 def test_fla_kernel_is_safe_under_strong_decay(case: Case):
     inputs = cuda_inputs(case, 1000, 64, torch.float32)
     inputs[3] = case.log_decay(2, 1000, 2, 64, -20.0).cuda().requires_grad_()
-    compare(case, inputs, TOLERANCE[torch.float32])
+    compare(case, inputs, tolerance(case, torch.float32))
 
 
 @pytest.mark.parametrize("case", WITH_KERNEL, ids=lambda case: case.name)
