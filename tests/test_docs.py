@@ -122,9 +122,12 @@ def test_the_parsing_test_can_fail() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links(page: Path) -> None:
-    text = page.read_text()
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        place = page.parent / target if target else page
+        assert place.exists(), f"{page.name} links to {target}"
+        headings = re.findall(r"^#+ (.+)$", place.read_text(), re.MULTILINE) if anchor else []
+        anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in anchors, f"{page.name} links to {target}#{anchor}"
 
 
 def test_the_example_of_a_family_passes_the_tests_of_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
