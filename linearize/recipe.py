@@ -155,14 +155,21 @@ class Recipe(Strict):
         return self._as_far_as_needed(self._stage_data(settings, where))
 
     def source_data(self) -> DataConfig:
-        """What the source model is looked at on, to choose layers and to calibrate mixers: `data`."""
-        return self._as_far_as_needed(self.data)
+        """What the source model is looked at on, to choose layers and to calibrate mixers: the text of `data` alone.
+
+        Synthetic recall documents, which are all one question, would calibrate the layers that recall to next to nothing.
+        """
+        return self._as_far_as_needed(self._text)
+
+    @property
+    def _text(self) -> DataConfig:
+        return self.data.model_copy(update={"recall_fraction": 0.0})
 
     def _as_far_as_needed(self, data: DataConfig) -> DataConfig:
         """`data`, of a stream no more than is looked at, or the longest stage takes that trains on just that."""
         if not data.streaming or data.max_tokens is not None:
             return data
-        needed = [LOOKED_AT, self.init.tokens] if data == self.data else []
+        needed = [LOOKED_AT, self.init.tokens] if data == self._text else []
         for settings in self.stages:
             stage = find("stages", settings["type"], Stage)
             if stage.trains and self._stage_data(settings) == data:

@@ -324,6 +324,8 @@ def test_a_stream_is_read_as_far_as_the_stages_need() -> None:
     assert bounded.source_data() == bounded.stage_data(bounded.stages[1])  # prepared once for both
     long = [{"type": "logit_kl", "tokens": 2**20 + 1, "batch_size": 2}]
     assert recipe(long).source_data().max_tokens == 2**20 + 256
+    assert recipe(recall_fraction=0.2).source_data().max_tokens == 2**20  # plain text, which no stage trains on
+    assert recipe(recall_fraction=0.2).source_data().recall_fraction == 0
     assert recipe(streaming=False).source_data().max_tokens is None
     assert recipe(max_tokens=5000).source_data().max_tokens == 5000
 
