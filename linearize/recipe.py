@@ -175,7 +175,7 @@ class Recipe(Strict):
             if stage.trains and self._stage_data(settings) == data:
                 config = stage.Config.model_validate(settings)
                 needed.append(config.trained_tokens(data.seq_len * data.item_rows))
-        return data.model_copy(update={"max_tokens": max(needed)})
+        return data.model_copy(update={"max_tokens": max(needed, default=LOOKED_AT)})
 
     def _stage_data(self, settings: Mapping[str, Any], where: str = "stage") -> DataConfig:
         own = dict(settings.get("data") or {})

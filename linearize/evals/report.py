@@ -67,7 +67,7 @@ def report(folders: Sequence[str | Path]) -> str:
     header += [f"gap {length}" for length in lengths] + [f"KL {length}" for length in diverging]
     header += [f"gap {length}, linear off" for length in lengths]
     header += [f"recall {case_name(case)}" for case in cases] + ["tokens"]
-    rows = [_row(c, steps, lengths, diverging, cases) for c in found]
+    rows = [_row(c, steps, first, lengths, diverging, cases) for c in found]
     return grid(header, rows) + _teachers(found, lengths, cases)
 
 
@@ -81,9 +81,13 @@ def to_json(folders: Sequence[str | Path], path: str | Path) -> None:
 
 
 def _row(
-    c: Conversion, steps: list[str], lengths: list[int], diverging: list[int], cases: list[tuple[int, int]]
+    c: Conversion,
+    steps: list[str],
+    first: int,
+    lengths: list[int],
+    diverging: list[int],
+    cases: list[tuple[int, int]],
 ) -> list[str]:
-    first = lengths[0] if lengths else 0
     teacher, last = c.points.get("teacher"), list(c.points.values())[-1]
     states = [size for size in c.facts["state_bytes"] if size]
     row = [c.name, c.facts["mixer"], c.facts["layers"], f"{c.facts['new_parameters']:,}"]

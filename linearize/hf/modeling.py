@@ -47,10 +47,8 @@ def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, 
 
     bases: tuple[type, ...] = (family.model_class,)
     if issubclass(family.model_class, GenerationMixin):
-        bases = (
-            family.model_class,
-            GenerationMixin,
-        )  # or transformers puts another class in this one's place
+        # Without it among the direct bases, transformers puts another class in this one's place.
+        bases = (family.model_class, GenerationMixin)
 
     class Linearized(*bases):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
