@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
-	$(BIN)/linearize convert --model demo -o runs/demo --resume
+	$(BIN)/linearize convert --model demo --recipe lolcats -o runs/demo --resume
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

@@ -48,7 +48,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that choose a recipe and change it."""
     parser.add_argument("--model", metavar="NAME", help="alias such as llama-3-8b or demo, hub name, or folder")
-    parser.add_argument("--recipe", metavar="NAME", help="shipped recipe (default: lolcats), or path of a YAML file")
+    parser.add_argument("--recipe", metavar="NAME", help="shipped recipe (default: auto), or path of a YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, such as stages.0.tokens=2M"
     )

@@ -103,15 +103,16 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     points = Points(out / "run" / "measurements.json", recipe, tokenizer, say)
     with teacher_path(model):
         points.take("teacher", model)
-    points.take("untrained", model)
-    if recipe.init.type == "calibrated":
+    will_calibrate = recipe.init.type == "calibrated"
+    points.take("untrained", model, between=will_calibrate or bool(stages))
+    if will_calibrate:
         calibrated(model, plan, recipe, tokenizer)
-        points.take("calibrated", model)
+        points.take("calibrated", model, between=bool(stages))
     for index, (stage, rows, label) in enumerate(zip(stages, data, _labels(stages), strict=True)):
         folder = out / "run" / f"{index}-{stage.config.type}"
         seconds = stage.run(model, rows, folder, resume=resume, keep_source=_taught(recipe, stages[index + 1 :]))
         points.add_training(0 if rows is None else stage.config.trained_tokens(rows.item_tokens), seconds)
-        points.take(label, model)
+        points.take(label, model, between=index + 1 < len(stages))
     if is_main():
         files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
         options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}

@@ -200,8 +200,7 @@ class Recipe(Strict):
         """Find, override and validate a recipe.
 
         Args:
-            name: recipe name such as `lolcats`, `demo/lolcats`, or a path to a YAML file. Default: the first recipe of
-                the model (`default.yaml`), else `lolcats`.
+            name: recipe name such as `lolcats`, `demo/lolcats`, or a path to a YAML file. Default: `auto`.
             model: alias, hub name or folder; replaces the recipe's `model.name`.
             overrides: `key.path=value` with values in YAML.
 
@@ -216,7 +215,7 @@ class Recipe(Strict):
                 raise UserError(f"{path}: model must hold keys such as name, got {section!r}")
             section["name"] = model
         named = [text.partition("=")[0] for text in overrides]
-        if "tokens" in named and (own := [name for name in named if re.fullmatch(r"stages\.\d+\.tokens", name)]):
+        if "tokens" in named and (own := [name for name in named if re.fullmatch(r"stages\.(\d+|\*)\.tokens", name)]):
             raise UserError(
                 f"tokens is a budget that all stages share, so {own[0]} has no say beside it; give one of them"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def available() -> dict[str, Path]:
 
 
 def find_recipe(name: str | Path | None, model: str | None) -> Path:
-    """The file of a recipe: `name` is a path, `<model>/<method>` or a method, which `model` or all models may have.
+    """The file of a recipe: `name` is a path, `<model>/<method>` or a method, which `model` or all models may have;
+    `auto` if there is no name.
 
     Raises:
         UserError: when there is none.
@@ -33,7 +35,7 @@ def find_recipe(name: str | Path | None, model: str | None) -> Path:
     known = available()
     reverse = {hub: alias for alias, hub in ALIASES.items()}
     owner = reverse.get(model or "", model or "")
-    method = str(name) if name is not None else "lolcats"
+    method = str(name) if name is not None else "auto"
     for candidate in (method, f"{owner}/{method}", f"default/{method}"):
         if candidate in known:
             return known[candidate]
@@ -84,7 +86,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def override(data: dict[str, Any], text: str) -> None:
-    """Set the key that `text`, `key.path=value` with a value in YAML, names in a recipe's data.
+    """Set the key that `text`, `key.path=value` with a value in YAML, names in a recipe's data; `*` is every item of a
+    list.
 
     Raises:
         UserError: for a text or a path that does not fit.
@@ -93,14 +96,22 @@ def override(data: dict[str, Any], text: str) -> None:
     if not equals or not path:
         remedy = f"give a recipe file as --recipe {text}" if text.endswith(YAML) else "for example stages.0.tokens=20M"
         raise UserError(f"override {text!r} is not key=value, {remedy}")
-    *parents, last = path.split(".")
-    node: Any = data
-    for part in parents:
-        node = _step(node, part, path, create=True)
     try:
         value = yaml.safe_load(given)
     except yaml.YAMLError as error:
         raise UserError(f"override {text!r}: the value is not valid YAML; quote it: {path}='\"...\"'") from error
+    _set(data, path, value)
+
+
+def _set(data: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    node: Any = data
+    for depth, part in enumerate(parents):
+        if part == "*" and isinstance(node, list):
+            for i in range(len(node)):
+                _set(data, ".".join([*parents[:depth], str(i), *parents[depth + 1 :], last]), copy.deepcopy(value))
+            return
+        node = _step(node, part, path, create=True)
     if isinstance(node, list):
         _step(node, last, path, create=False)
         node[int(last)] = value
@@ -113,7 +124,9 @@ def override(data: dict[str, Any], text: str) -> None:
 def _step(node: Any, part: str, path: str, create: bool) -> Any:
     if isinstance(node, list):
         if not part.isdecimal() or int(part) >= len(node):
-            raise UserError(f"override {path!r}: {part!r} is not one of the {len(node)} items, counted from 0")
+            raise UserError(
+                f"override {path!r}: {part!r} is not one of the {len(node)} items, counted from 0; * is all of them"
+            )
         return node[int(part)]
     if not isinstance(node, dict):
         raise UserError(f"override {path!r}: {part!r} has no parent to go under")

@@ -265,6 +265,20 @@ def test_stages_of_one_type_are_numbered(source: Path) -> None:
     assert len(metrics(out / "run" / "1-finetune")) == 2, "half the sequence length, twice the steps"
 
 
+@pytest.mark.parametrize("init", ["declared", "calibrated"])
+@pytest.mark.parametrize("stages", [0, 2])
+def test_a_recipe_can_measure_teacher_and_finished_student_alone(source: Path, stages: int, init: str) -> None:
+    stage = {"type": "finetune", "tokens": 128, "batch_size": 4, "train": ["*.mixer.*"]}
+    evaluation = {**EVALUATION, "between": False}
+    changes = {"mixer": {"type": "gdn"}, "init": {"type": init}, "stages": [stage] * stages}
+    recipe = make_recipe(source, **changes, evaluation=evaluation)
+    out = convert(recipe, source / "out", say=quiet)
+    points = dict(json.loads((out / "run" / "measurements.json").read_text()))
+    finished = "after finetune 2" if stages else {"declared": "untrained", "calibrated": "calibrated"}[init]
+    assert list(points) == ["teacher", finished]
+    assert points[finished]["tokens"] == 128 * stages
+
+
 def test_a_start_that_was_killed_is_no_folder_in_use(source: Path) -> None:
     (source / "out" / "run").mkdir(parents=True)
     (source / "out" / "run" / "recipe.partial").write_text("model:")

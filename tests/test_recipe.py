@@ -90,7 +90,7 @@ def test_a_wrong_setting_is_named_with_its_remedy(recipe_file: Path, override: s
         ("stages.0.tokens", "override 'stages.0.tokens' is not key=value, for example stages.0.tokens=20M"),
         ("=3", "override '=3' is not key=value"),
         ("mine.yaml", "override 'mine.yaml' is not key=value, give a recipe file as --recipe mine.yaml"),
-        ("stages.2.tokens=3", "override 'stages.2.tokens': '2' is not one of the 2 items, counted from 0"),
+        ("stages.2.tokens=3", "override 'stages.2.tokens': '2' is not one of the 2 items, counted from 0; *"),
         ("stages.first.tokens=3", "'first' is not one of the 2 items"),
         ("stages.2=3", "'2' is not one of the 2 items"),
         ("mixer.window.size=3", "override 'mixer.window.size': mixer.window is a int, it has no keys"),
@@ -121,6 +121,15 @@ def test_overrides_reach_lists_nested_sections_and_new_keys(recipe_file: Path) -
     assert recipe.evaluation is not None and recipe.evaluation.windows == 3
 
 
+def test_a_star_is_every_item_of_a_list(recipe_file: Path) -> None:
+    plain = Recipe.load(recipe_file)
+    recipe = Recipe.load(recipe_file, overrides=["stages.*.batch_size=3", "stages.*.data={recall_fraction: 0.5}"])
+    changes = {"batch_size": 3, "data": {"recall_fraction": 0.5}}
+    assert recipe.stages == [{**stage, **changes} for stage in plain.stages] and len(recipe.stages) == 2
+    assert recipe.stages[0]["data"] is not recipe.stages[1]["data"]
+    assert "stages.*.tokens has no say" in mistake(recipe_file, "tokens=10M", "stages.*.tokens=1M")
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("20M", 20_000_000), ("1.5k", 1500), ("2b", 2 * 10**9), (" 300 ", 300), (7, 7), (".5M", 500_000)],
@@ -136,7 +145,7 @@ def test_what_is_no_count(text: str) -> None:
 
 
 def test_recipes_are_found_by_name_model_and_path(recipe_file: Path) -> None:
-    assert Recipe.load(model="llama-3-8b") == Recipe.load("lolcats", "llama-3-8b")
+    assert Recipe.load(model="llama-3-8b") == Recipe.load("default/auto", "llama-3-8b")
     by_hub_name = Recipe.load("liger", "meta-llama/Meta-Llama-3-8B")
     assert by_hub_name == Recipe.load("llama-3-8b/liger") and by_hub_name.mixer["type"] == "liger"
     own = Recipe.load(recipe_file, model="smollm2-135m")

@@ -30,6 +30,10 @@ class EvalConfig(Strict):
         description="Also compare the student's predictions with the teacher's, for which tensors that training "
         "changes are held twice.",
     )
+    between: bool = Field(
+        True,
+        description="Measure the student before training and after each stage; false: teacher and finished student.",
+    )
     branches: bool = Field(True, description="Also take the losses with each branch of the mixers switched off.")
     tasks: list[str] = Field(default_factory=list, description="lm-evaluation-harness tasks.")
     sample_prompt: str | None = Field(None, description="Prompt that the model continues greedily; none if not set.")

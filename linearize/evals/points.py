@@ -29,10 +29,13 @@ class Points:
         self.tokens += tokens
         self.seconds += seconds
 
-    def take(self, name: str, model: Any) -> None:
-        """Measure `model` unless the recipe asks for nothing or an interrupted run has measured it already."""
+    def take(self, name: str, model: Any, *, between: bool = False) -> None:
+        """Measure `model` unless the recipe asks for nothing or an interrupted run has measured it already.
+
+        `between` says that it is neither the teacher nor the finished student, which some recipes leave out.
+        """
         config = self.recipe.evaluation
-        if config is None or name in self.taken:
+        if config is None or name in self.taken or (between and not config.between):
             return
         self.say(f"measuring: {name}")
         if self.text is None:
