@@ -45,7 +45,8 @@ HEAD = """\
 A recipe is a YAML file that says everything a conversion does. `linearize convert --model NAME --recipe NAME`
 takes a shipped one, `--recipe mine.yaml` your own, and `key=value` arguments change single settings:
 `mixer.window=128`, `stages.0.tokens=2M`, `stages.*.lr=1e-4` (every stage), `layers=LLLS`. Values are YAML. A key
-that does not exist is an error that names the closest one. `extends: demo/lolcats` starts from another recipe and changes what follows.
+that does not exist is an error that names the closest one.
+`extends: demo/lolcats` starts from another recipe and changes what follows.
 The resolved recipe, with every default filled in, is written into the checkpoint as `recipe.yaml`; it
 reproduces the run.
 
