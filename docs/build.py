@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from linearize.data import DataConfig
 from linearize.evals.config import EvalConfig
+from linearize.evals.probes.base import Probe
 from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import Mixer
 from linearize.mixers.composed import ComposedConfig
@@ -109,6 +110,16 @@ def render() -> str:
         selector = find("select", key, Selector)
         parts += [f"### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(selector))}\n"]
         parts += ["Its own settings:\n", _table(_own_rows(selector.Config))]
+    parts += [
+        "## Probes\n",
+        "`evaluation: {probes: [...]}` and `linearize evaluate --probes` take further measurements, by name or as "
+        "`{type: name, ...}` with settings.\n",
+    ]
+    for key in keys("evals.probes"):
+        probe = find("evals.probes", key, Probe)
+        parts += [f"### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(probe))}\n"]
+        if rows := _own_rows(probe.Config):
+            parts += [_table(rows)]
     parts += [
         "## `stages`\n",
         "A list, run in order. `type` names the stage. All stages that train have these settings:\n",

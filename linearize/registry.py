@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SINGULAR = {"families": "family", "select": "selector"}
+SINGULAR = {"families": "family", "select": "selector", "evals.probes": "probe"}
 """What one item of a package is called in messages, where that is not its name less the s."""
 PARTS = "mixers.parts."
 """What the packages of parts begin with."""

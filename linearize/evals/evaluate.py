@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from linearize.data import DataConfig
 from linearize.errors import UserError, disk_full
 from linearize.evals.config import EvalConfig
 from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
 from linearize.hf.load import load
 from linearize.model_names import resolve_model
@@ -87,6 +88,7 @@ def evaluate(
     recall: bool | Sequence[tuple[int, int]] = True,
     recall_items: int = 32,
     branches: bool = True,
+    probes: Sequence[str | Mapping[str, Any]] = (),
     sample_prompt: str | None = None,
     include_path: str | Path | None = None,
     limit: int | None = None,
@@ -109,6 +111,7 @@ def evaluate(
         recall: cases [(facts, tokens in between)], True for the usual ones, False for none.
         recall_items: questions per case.
         branches: also take the losses with each branch of the mixers off.
+        probes: further measurements: names of probes, or their `type` and settings (docs/recipes.md, "Probes").
         sample_prompt: a prompt to continue greedily.
         include_path: folder with lm-eval task files of your own.
         limit: examples per lm-eval task.
@@ -140,6 +143,7 @@ def evaluate(
         recall=recall if isinstance(recall, bool) else list(recall),
         recall_items=recall_items,
         branches=branches,
+        probes=list(probes),
         tasks=list(tasks),
         sample_prompt=sample_prompt,
         batch_size=batch_size,
@@ -154,18 +158,28 @@ def evaluate(
         limit=limit,
     )
     environment = _environment(model)
-    student_measurement = take(model, tokenizer)
     vocabulary = tokenizer.get_vocab()
-    del model
-    teacher_measurement = None
-    if teacher:
+
+    def load_teacher() -> tuple[Any, Any]:
         model, tokenizer = load(resolve_model(str(teacher)), dtype=dtype, device=device)
         if tokenizer.get_vocab() != vocabulary:
             raise UserError(
                 f"{teacher} and {name} have different tokenizers, their losses per token cannot be compared; "
                 "choose another `teacher` or teacher=False"
             )
-        teacher_measurement = take(model, tokenizer)
+        return model, tokenizer
+
+    teacher_measurement = None
+    if teacher and any(probe_of(settings).needs_teacher for settings in config.probes):  # both in memory
+        other, other_tokenizer = load_teacher()
+        student_measurement = take(model, tokenizer, teacher=other)
+        del model
+        teacher_measurement = take(other, other_tokenizer)
+    else:
+        student_measurement = take(model, tokenizer)
+        del model
+        if teacher:
+            teacher_measurement = take(*load_teacher())
     report = Report(
         model=name,
         student=student_measurement,

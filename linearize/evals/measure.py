@@ -7,6 +7,8 @@ JSON and back. Put the call inside `linearize.swap.teacher_path(model)` to measu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from linearize.evals.agreement import Agreement, agreement
 from linearize.evals.config import EvalConfig
 from linearize.evals.divergence import Divergence, divergence_on_text
 from linearize.evals.lm_harness import lm_eval_tasks
+from linearize.evals.probes.base import Subject, probe_of
 from linearize.evals.recall_score import CASES, RecallScore, generate_greedily, padding_id, recall
-from linearize.evals.text import BranchLoss, TextLoss, branch_losses, loss_on_text
+from linearize.evals.text import BranchLoss, TextLoss, branch_losses, evaluating, loss_on_text
 from linearize.registry import known_family
-from linearize.swap import swapped
+from linearize.swap import swapped, teacher_path
 
 TEXT_TOKENS = 2_000_000
 """Tokens of evaluation text that are read at most; windows are spread over them."""
@@ -43,6 +46,8 @@ class Measurement:
     """What the model wrote after `prompt`, greedily."""
     divergence: list[Divergence] = field(default_factory=list)
     """From the teacher's predictions."""
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    """`{"probe": settings, "result": plain data}` of each further measurement that was asked for and fits the model."""
     agreement: list[Agreement] = field(default_factory=list)
     """Of an encoder with its softmax teacher."""
     tokens: int = 0
@@ -111,6 +116,7 @@ def measure(
     include_path: str | None = None,
     limit: int | None = None,
     has_teacher: bool = False,
+    teacher: Any = None,
 ) -> Measurement:
     """Take the measurements that `config` asks for.
 
@@ -121,6 +127,7 @@ def measure(
         include_path: folder with lm-eval task files.
         limit: examples per lm-eval task.
         has_teacher: whether `linearize.swap.teacher_path` makes the source model of it, to be compared with.
+        teacher: the source model, where it is another one in memory.
     """
     lengths = list(config.lengths) or [seq_len]
     scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.batch_size}
@@ -157,10 +164,47 @@ def measure(
             limit=limit,
             batch_size=config.batch_size,
         )
+    if config.probes:
+        subject = Subject(
+            model=model,
+            tokenizer=tokenizer,
+            text=token_ids,
+            seq_len=seq_len,
+            batch_size=config.batch_size,
+            teacher=_source_of(model, has_teacher, teacher),
+        )
+        result.probes = _probed(subject, config.probes, result.notes)
     if config.sample_prompt is not None:
         result.prompt = config.sample_prompt
         result.sample = continuation(model, tokenizer, config.sample_prompt, config.sample_tokens)
     return result
+
+
+def _source_of(model: Any, has_teacher: bool, teacher: Any) -> Callable[[], AbstractContextManager[Any]] | None:
+    if teacher is not None:
+        return lambda: nullcontext(teacher)
+    student = any(not layer.teacher for layer in swapped(model).values())
+    return (lambda: _as_teacher(model)) if has_teacher and student else None
+
+
+@contextmanager
+def _as_teacher(model: Any) -> Iterator[Any]:
+    with teacher_path(model):
+        yield model
+
+
+def _probed(subject: Subject, settings: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
+    found = []
+    mixers = any(not layer.teacher for layer in swapped(subject.model).values())
+    for values in settings:
+        probe = probe_of(values)
+        if (probe.needs_teacher and subject.teacher is None) or (probe.needs_mixers and not mixers):
+            continue
+        with evaluating(subject.model):
+            result = probe.run(subject)
+        notes += [f"{values['type']}: {note}" for note in result.get("notes", [])]
+        found.append({"probe": probe.config.model_dump(mode="json"), "result": result})
+    return found
 
 
 def _measure_encoder(
@@ -168,8 +212,8 @@ def _measure_encoder(
 ) -> Measurement:
     if any(not layer.teacher for layer in swapped(model).values()):
         result.agreement = [agreement(model, text, length=length, **scoring) for length in lengths]
-    if config.recall or config.tasks or config.sample_prompt:
-        result.notes.append("an encoder writes nothing, so recall, tasks and samples were not measured")
+    if config.recall or config.tasks or config.sample_prompt or config.probes:
+        result.notes.append("an encoder writes nothing, so recall, tasks, probes and samples were not measured")
     return result
 
 

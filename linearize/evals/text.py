@@ -109,7 +109,7 @@ def loss_on_text(
         for first in range(0, len(starts), batch_size):
             rows = [token_ids[start : start + length] for start in starts[first : first + batch_size]]
             totals += _position_losses(model, torch.stack(rows).to(device)).double().sum(0).cpu()
-    edges = _doubling_edges(length)
+    edges = doubling_edges(length)
     buckets = ((a, b, float(totals[a - 1 : b - 1].mean() / len(starts))) for a, b in pairwise(edges))
     return TextLoss(
         length=length,
@@ -163,7 +163,7 @@ def _position_losses(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _doubling_edges(length: int) -> list[int]:
+def doubling_edges(length: int) -> list[int]:
     """Bucket borders for positions 1 .. length - 1: 1, 64, 128, 256, ... and `length`."""
     edges, edge = [1], 64
     while edge < length:

@@ -1,0 +1,1 @@
+"""Probes: one measurement a file, whose name is what users type."""
