@@ -1,8 +1,8 @@
 """The probe contract: one measurement of a model, from text and its teacher, to plain data, to views.
 
 A recipe asks with `evaluation: {probes: [state_norms, {type: kl_by_position, length: 1024}]}`, a command with
-`linearize evaluate DIR --probes state_norms,kl_by_position`. A probe runs on a model in memory, and its result is plain data that
-goes to JSON; what it looks like is made from that data alone, for several models side by side.
+`linearize evaluate DIR --probes state_norms,kl_by_position`. A probe runs on a model in memory, and its result is plain
+data that goes to JSON; what it looks like is made from that data alone, for several models side by side.
 """
 
 from __future__ import annotations
