@@ -336,6 +336,8 @@ def test_a_stream_is_read_as_far_as_the_stages_need() -> None:
     assert recipe(recall_fraction=0.2).source_data().max_tokens == 2**20  # plain text, which no stage trains on
     assert recipe(recall_fraction=0.2).source_data().recall_fraction == 0
     assert recipe(streaming=False).source_data().max_tokens is None
+    on_disk = recipe(streaming=False)  # where recall documents would be ten times as much as the text
+    assert [on_disk.stage_data(s).max_tokens for s in on_disk.stages[:4]] == [None, None, 768, 300]
     assert recipe(max_tokens=5000).source_data().max_tokens == 5000
 
 

@@ -28,7 +28,7 @@ class DataConfig(Strict):
         False,
         description="Read the Hub dataset while it arrives instead of downloading all of it first, and no more of it "
         "than the stages train on (where mixers are calibrated or layers chosen, at least 1M tokens), unless "
-        "`max_tokens` is set.",
+        "`max_tokens` is set. Text with recall documents is read so in any case.",
     )
     format: Literal["auto", "text", "chat", "instruction", "preference"] = Field(
         "auto",
