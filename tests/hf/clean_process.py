@@ -3,8 +3,8 @@ they say.
 
     python -I clean_process.py IDS.safetensors OUT.safetensors FOLDER...
 
-A FOLDER may be the hub name of a causal LM. Remote code is trusted where there is any. For each, OUT holds `<name>.logits` of the ids and `<name>.greedy`, their
-greedy continuation.
+A FOLDER may be the hub name of a causal LM. Remote code is trusted where there is any. For each, OUT holds
+`<name>.logits` of the ids and `<name>.greedy`, their greedy continuation.
 """
 
 import importlib.abc

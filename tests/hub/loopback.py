@@ -67,6 +67,8 @@ class Hub:
         self.drop: Callable[[int], int | None] = lambda put: None
         """Number of a PUT, from 0 -> bytes after which its connection is dropped."""
         self.puts = 0
+        self.garbled = False
+        """Whether answers are no JSON."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -142,7 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def say(self, value: Any, **headers: str) -> None:
-        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **headers})
+        content = b"<html>" if self.hub.garbled else json.dumps(value).encode()
+        self.send(200, content, {"Content-Type": "application/json", **headers})
 
     def fail(self, status: int, code: str, message: str) -> None:
         if self.command in ("POST", "PUT"):
