@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
@@ -190,18 +191,17 @@ def _with_adapter(model: Any, source: str, revision: str | None) -> Any:
 def hub_file(repo: str, name: str, revision: str | None = None) -> Path | None:
     """A file of a hub repository, in the local cache; None where the repository has no such file.
 
-    Offline, None also stands for one that was never asked for, with a warning.
+    None, with a warning, also stands for a file that cannot be asked for now and never was, as offline.
 
     Raises:
-        UserError: for a repository that is missing or unreachable.
+        UserError: for a repository that is missing, or that the token may not see.
     """
     try:
         found = cached_file(repo, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        if not _is_offline():
-            raise UserError(_unreachable(repo, error)) from error
-        logger.warning("%s: offline, and not known whether it has %s; going on without", repo, name)
-        return None
+        raise UserError(_unreachable(repo, error)) from error
+    if found is None and try_to_load_from_cache(repo, name, revision=revision) is not _CACHED_NO_EXIST:
+        logger.warning("%s: not known whether it has %s, because the hub was not reached; going on without", repo, name)
     return None if found is None else Path(found)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from loopback import STRANGER, TOKEN, Hub, client_environment
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file, save_file
@@ -19,6 +20,9 @@ from linearize import hub as hub_module
 from linearize import pipeline
 from linearize.cli.main import main
 from linearize.errors import UserError
+from linearize.evals.evaluate import Report
+from linearize.evals.measure import Measurement
+from linearize.hf.contents import contents
 from linearize.hf.export import export, export_adapter
 
 CLI = "import sys; from linearize.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -280,6 +284,19 @@ def test_folders_and_names_that_cannot_be_pushed(
     assert "is no safetensors file beside it" in refused(folder, "ada/x")
     (folder / "model.safetensors.index.json").unlink()
     assert "pickled weights (.bin), which are never read" in refused(folder, "ada/x")
+
+
+def test_a_report_beside_the_checkpoint_goes_along_and_into_the_card(folder: Path) -> None:
+    student = Measurement(tasks={"copa": {"acc": 0.75}})
+    Report("student", student, None, None, {"text": None, "split": "dev"}, {}).to_json(folder / "copa.json")
+    (folder / "notes.json").write_text('{"student": 1}')
+    said: list[str] = []
+    hub_module.push(folder, "ada/student", dry_run=True, say=said.append)
+    assert "copa.json" in said[0].partition("not sent")[0] and "notes.json" in said[0].partition("not sent")[2]
+    card = hub_module._card(contents(folder), "ada/student", None, online=False)
+    assert card is not None
+    (result,) = ModelCard(card.decode()).data.eval_results or []
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("copa", "acc", 0.75)
 
 
 def test_no_token_is_ever_shown_or_written(server: Hub, linearize: Client, folder: Path, tmp_path: Path) -> None:
