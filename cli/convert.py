@@ -8,6 +8,7 @@ The recipe is the one shipped for the model and method, or a YAML file; `key=val
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from linearize.cli._arguments import add_recipe_arguments, load_recipe
 
@@ -18,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", help="folder of the checkpoint (default: MODEL-MIXER, here)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; no weights are loaded")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted conversion in the same folder")
+    parser.add_argument(
+        "--push-to-hub", metavar="USER/NAME", help="upload the checkpoint when it is done, into a private repository"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -28,6 +32,18 @@ def run(arguments: argparse.Namespace) -> None:
 
         show_plan(recipe)
         return
+    from linearize import hub
+    from linearize.errors import UserError
     from linearize.pipeline import convert
+    from linearize.training.processes import is_main
 
-    convert(recipe, arguments.output, resume=arguments.resume)
+    repo = arguments.push_to_hub if is_main() else None
+    if repo is not None:
+        hub.reserve(repo)  # what stands in the way should not wait until after the training
+    out = convert(recipe, arguments.output, resume=arguments.resume)
+    if repo is not None:
+        try:
+            print(f"pushed to {hub.push(out, repo)}")
+        except UserError as error:
+            again = shlex.join(["linearize", "push", str(out), repo])
+            raise UserError(f"{error}. The checkpoint is complete; push it with: {again}") from error

@@ -14,17 +14,19 @@ from linearize.hf import hook
 if TYPE_CHECKING:
     from linearize.evals.evaluate import evaluate
     from linearize.hf.load import load
+    from linearize.hub import push
     from linearize.pipeline import convert
     from linearize.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "convert", "evaluate", "load"]
+__all__ = ["Recipe", "convert", "evaluate", "load", "push"]
 
 _HOMES = {
     "Recipe": "linearize.recipe",
     "convert": "linearize.pipeline",
     "evaluate": "linearize.evals.evaluate",
     "load": "linearize.hf.load",
+    "push": "linearize.hub",
 }
 
 

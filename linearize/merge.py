@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from linearize.errors import UserError
 from linearize.hf.export import ADAPTER, staged
-from linearize.hf.load import check_folder, check_weights, weight_files
+from linearize.hf.folder import check_folder, check_weights, weight_files
 from linearize.schema import differences
 
 VOLATILE = {"transformers_version", "_name_or_path"}

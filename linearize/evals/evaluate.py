@@ -19,7 +19,6 @@ import torch
 import transformers
 import yaml
 from pydantic import ValidationError
-from transformers.utils import cached_file
 
 import linearize
 from linearize.data import DataConfig
@@ -28,7 +27,7 @@ from linearize.evals.config import EvalConfig
 from linearize.evals.measure import Measurement, eval_tokens, measure
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
-from linearize.hf.load import load
+from linearize.hf.load import hub_file, load
 from linearize.model_names import resolve_model
 from linearize.schema import user_error
 
@@ -200,8 +199,8 @@ def _recipe(name: str) -> dict[str, Any]:
         return yaml.safe_load(file.read_text()) if file.is_file() else {}
     if "/" not in name:
         return {}
-    found = cached_file(name, "recipe.yaml", _raise_exceptions_for_missing_entries=False)
-    return yaml.safe_load(Path(found).read_text()) if found else {}
+    found = hub_file(name, "recipe.yaml")
+    return yaml.safe_load(found.read_text(encoding="utf-8")) if found else {}
 
 
 def _config(**values: Any) -> EvalConfig:

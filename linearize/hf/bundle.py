@@ -102,12 +102,6 @@ def flat_name(module: str) -> str:
     return module.removeprefix(f"{PACKAGE}.").replace(".", "_")
 
 
-def is_bundled(path: Path) -> bool:
-    """Whether a Python file was written by an export, as its first line says."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().startswith((f"# Written by {PACKAGE} ", "# Copied from "))
-
-
 def _family(model_type: str) -> type[Family]:
     """The family file of a source's or a converted model's `model_type`."""
     return registry.find("families", model_type.removeprefix(CONVERTED), Family)

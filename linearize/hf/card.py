@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from linearize.evals.measure import Measurement
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
+from linearize.hf.card_data import PLACE, card_data
 from linearize.plan import Plan
 from linearize.recipe import Recipe
 from linearize.registry import find
@@ -28,16 +27,14 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     """
     source = recipe.resolved_model()
     local = Path(source).exists()
-    head = {"library_name": "transformers", "tags": ["linearize", "linear-attention", plan.mixer["type"]]}
-    if not local:
-        head["base_model"] = source
     swapped = sum(layer.mixer is not None for layer in plan.layers)
     name = recipe.model.name if local else source
     measured = (
         comparison_table(list(measurements.items())) if measurements else "Nothing was measured for this checkpoint."
     )
     kept = bool(recipe.stages) and recipe.stages[-1].get("lora") and not recipe.stages[-1]["lora"]["merge"]
-    adapter = 'model = peft.PeftModel.from_pretrained(model, f"{path}/adapter")  # measured with it\n' if kept else ""
+    adapter = 'model = PeftModel.from_pretrained(model, path, subfolder="adapter")  # as measured\n' if kept else ""
+    peft = "from peft import PeftModel\n" if kept else ""
     mixer, short, long = plan.mixer["type"], plan.cache_bytes(2048) / 2**20, plan.cache_bytes(131072) / 2**20
     trained = any("tokens" in stage for stage in recipe.stages)
     how = " and trained to take over from it," if trained else ", untrained,"
@@ -52,7 +49,7 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
         else ""
     )
     return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
+{card_data(recipe, plan, measurements, auto).to_yaml()}
 ---
 
 # {name}, linearized with {mixer}
@@ -63,8 +60,9 @@ with [linearize](https://pypi.org/project/linearize/).{cache}
 ## Use
 
 ```python
-from transformers import {auto}, AutoTokenizer
+{peft}from transformers import {auto}, AutoTokenizer
 
+{PLACE}
 model = {auto}.from_pretrained(path{remote}){alone}
 tokenizer = AutoTokenizer.from_pretrained(path{remote})
 {adapter}```

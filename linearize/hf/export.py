@@ -17,11 +17,8 @@ from typing import Any
 from safetensors import safe_open
 
 from linearize.errors import UserError, disk_full
-from linearize.hf.bundle import is_bundled
+from linearize.hf.folder import ADAPTER, is_bundled
 from linearize.hf.native import native_model
-
-ADAPTER = "adapter"
-"""Name of the folder inside a checkpoint that holds a LoRA in PEFT's format."""
 
 
 def export(

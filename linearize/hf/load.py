@@ -6,23 +6,25 @@ from pickles.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.utils import cached_file
 
 from linearize.errors import UserError
 from linearize.families.base import Family
 from linearize.hf.auto import register, trusting
-from linearize.hf.export import ADAPTER
+from linearize.hf.folder import ADAPTER, check_folder, check_weights, weight_files
 from linearize.registry import known_family
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -127,41 +129,6 @@ def _is_local(path_or_repo: str | Path) -> bool:
     return Path(text).expanduser().exists() or (looks and os.sep in text)
 
 
-def check_folder(folder: Path) -> None:
-    """Raise a UserError for what is no folder with a configuration."""
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {what}; give a checkpoint's folder, or a hub repository such as org/name")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json, so it is not a finished Hugging Face checkpoint")
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold a checkpoint's weights."""
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    if (folder / INDEX).is_file():
-        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    hint = "it holds pickled weights (.bin), which are never read; convert them to safetensors first"
-    if not any(folder.glob("*.bin")):
-        hint = "convert or download it again"
-    raise UserError(f"{folder} has a config.json but no weights ({SINGLE} or {INDEX}); {hint}")
-
-
-def check_weights(file: Path) -> None:
-    """Read the header, which tells the size that the file must have."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing; {INDEX} names it. Copy the checkpoint again") from error
-    except SafetensorError as error:
-        raise UserError(
-            f"{file} is damaged ({error}); it was probably cut off while being copied or downloaded. "
-            "Delete it and fetch or convert the checkpoint again"
-        ) from error
-
-
 def _check_complete(source: str, config: Any, cls: type, report: dict[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
@@ -186,9 +153,8 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def _unreachable(source: str, error: OSError) -> str:
     if _is_local(source):
         return f"cannot load {source}: {error}"
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    reason = str(error).splitlines()[0]
-    if offline:
+    reason = _refusal(error) or str(error).splitlines()[0].rstrip(".")
+    if _is_offline():
         reason = "HF_HUB_OFFLINE is set and it is not in the local cache"
     return (
         f"cannot load {source!r}: no such folder here, and as a hub repository: {reason}. Check the name and "
@@ -196,9 +162,48 @@ def _unreachable(source: str, error: OSError) -> str:
     )
 
 
+def _refusal(error: BaseException | None) -> str | None:
+    """What the hub's own error says, whatever transformers made of it."""
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return "it is gated, and the token here has no access; ask for it on the model's page"
+        if isinstance(error, RevisionNotFoundError):
+            return "it has no such revision"
+        if isinstance(error, RepositoryNotFoundError):
+            return "there is none of this name, or it is private and the token here may not see it"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _with_adapter(model: Any, source: str, revision: str | None) -> Any:
-    if not _is_local(source) or not (Path(source) / ADAPTER / "adapter_config.json").is_file():
+    name = f"{ADAPTER}/adapter_config.json"
+    if _is_local(source):
+        there = (Path(source) / name).is_file()
+    else:
+        there = getattr(model.config, "linearize", None) is not None and hub_file(source, name, revision) is not None
+    if not there:
         return model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, Path(source) / ADAPTER).eval()
+    return PeftModel.from_pretrained(model, source, subfolder=ADAPTER, revision=revision).eval()
+
+
+def hub_file(repo: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a hub repository, in the local cache; None where the repository has no such file.
+
+    None, with a warning, also stands for a file that cannot be asked for now and never was, as offline.
+
+    Raises:
+        UserError: for a repository that is missing, or that the token may not see.
+    """
+    try:
+        found = cached_file(repo, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise UserError(_unreachable(repo, error)) from error
+    if found is None and try_to_load_from_cache(repo, name, revision=revision) is not _CACHED_NO_EXIST:
+        logger.warning("%s: not known whether it has %s, because the hub was not reached; going on without", repo, name)
+    return None if found is None else Path(found)
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")

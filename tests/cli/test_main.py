@@ -14,7 +14,7 @@ from linearize.cli import convert as convert_command
 from linearize.cli import main as entry
 from linearize.errors import UserError
 
-COMMANDS = ["bench", "convert", "doctor", "evaluate", "generate", "merge", "plan", "recipes", "report"]
+COMMANDS = ["bench", "convert", "doctor", "evaluate", "generate", "merge", "plan", "push", "recipes", "report", "serve"]
 
 CHECK = """
 import sys, time

@@ -3,8 +3,8 @@ they say.
 
     python -I clean_process.py IDS.safetensors OUT.safetensors FOLDER...
 
-Remote code is trusted where a folder has any. For each, OUT holds `<name>.logits` of the ids and `<name>.greedy`, their
-greedy continuation.
+A FOLDER may be the hub name of a causal LM. Remote code is trusted where there is any. For each, OUT holds
+`<name>.logits` of the ids and `<name>.greedy`, their greedy continuation.
 """
 
 import importlib.abc
@@ -14,6 +14,7 @@ import pickle
 import sys
 from pathlib import Path
 
+CAUSAL = "AutoModelForCausalLM"
 BLOCKED = {"linearize", "fla", "peft", "pydantic", "accelerate", "triton", "outside_mixer"}
 
 
@@ -39,8 +40,9 @@ ids_file, out_file, *folders = sys.argv[1:]
 ids = load_file(ids_file)["ids"]
 results = {}
 for folder in folders:
-    classes = json.loads((Path(folder) / "config.json").read_text()).get("auto_map", {})
-    auto = getattr(transformers, next((name for name in classes if name != "AutoConfig"), "AutoModelForCausalLM"))
+    config = Path(folder) / "config.json"
+    classes = json.loads(config.read_text()).get("auto_map", {}) if config.exists() else {CAUSAL: ""}
+    auto = getattr(transformers, next((name for name in classes if name != "AutoConfig"), CAUSAL))
     model = auto.from_pretrained(folder, **({"trust_remote_code": True} if classes else {}))
     transformers.AutoTokenizer.from_pretrained(folder)
     name = Path(folder).name

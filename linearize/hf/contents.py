@@ -1,0 +1,143 @@
+"""Which files of a checkpoint's folder are published: what loading it needs and what describes it, nothing else.
+
+`contents(folder)` names them by an allow-list, so that training runs, optimizer states, pickles, dotfiles and tokens
+that lie in the folder stay at home; it refuses a file with a token in its text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from linearize.errors import UserError
+from linearize.hf.folder import ADAPTER, INDEX, check_folder, check_weights, is_bundled, weight_files
+
+ALLOWED = (
+    "README.md",
+    "recipe.yaml",
+    "LICENSE*",
+    "NOTICE*",
+    "config.json",
+    "generation_config.json",
+    # Tokenizers and processors, as transformers names them.
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jin*",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.spm",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Patterns of names at the top of a checkpoint, beside its weights and its own code."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+REPORT = {"model", "student", "teacher", "settings", "environment"}
+"""Keys of what `linearize evaluate --output` writes."""
+TEXT_LIMIT = 64 * 2**20
+"""Bytes up to which a file that holds no weights is searched for tokens."""
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a push sends."""
+
+    files: dict[str, Path]
+    """Path in the repository -> file."""
+    left_out: list[str]
+    """Names at the top of the folder that stay at home; folders end with a slash."""
+    reports: list[Path]
+    """Those of `files` that are reports of `linearize evaluate`."""
+
+
+def contents(folder: Path, *, adapter_only: bool = False, secrets: Iterable[str] = ()) -> Contents:
+    """The files of the checkpoint in `folder`, or of its LoRA alone, which then lie at the top of the repository.
+
+    Args:
+        secrets: texts that no published file may contain, beside everything that looks like a token of the hub.
+
+    Raises:
+        UserError: for a folder that is no finished converted checkpoint, has damaged weights, has no adapter where only
+            that is wanted, and for a file with a token in it.
+    """
+    check_folder(folder)
+    if not (folder / "recipe.yaml").is_file() and "linearize" not in _json(folder / "config.json"):
+        raise UserError(
+            f"{folder} is a Hugging Face model that linearize did not write; give the folder of a converted checkpoint"
+        )
+    weights = weight_files(folder)
+    for name in weights:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX} names {name!r}, which is no safetensors file beside it; export it again")
+        check_weights(folder / name)
+    top = {path.name: path for path in sorted(folder.iterdir())}
+    reports = [path for path in top.values() if _is_report(path)]
+    adapter = {name: folder / ADAPTER / name for name in ADAPTER_FILES if (folder / ADAPTER / name).is_file()}
+    if adapter_only:
+        if len(adapter) < len(ADAPTER_FILES):
+            raise UserError(f"{folder} has no {ADAPTER}/ with a LoRA; push it whole, or convert with lora.merge: false")
+        wanted = {name: top[name] for name in top if name in ("README.md", "recipe.yaml") or fnmatch(name, "LICENSE*")}
+        files = {**wanted, **{path.name: path for path in reports}, **adapter}
+    else:
+        wanted = {name: path for name, path in top.items() if _is_wanted(path) or path in reports}
+        index = [INDEX] if weights != ["model.safetensors"] else []
+        files = {**wanted, **{name: folder / name for name in [*weights, *index]}}
+        files |= {f"{ADAPTER}/{name}": path for name, path in adapter.items()}
+    for name, path in files.items():
+        _check_no_token(name, path, secrets)
+    sent = {path.relative_to(folder).parts[0] for path in files.values()}
+    left = [f"{name}/" if path.is_dir() else name for name, path in top.items() if name not in sent]
+    return Contents(files, left, reports)
+
+
+def is_weights(path: str) -> bool:
+    """Whether a file of a repository is what an earlier push of a checkpoint or an adapter may have left there."""
+    name = path.removeprefix(f"{ADAPTER}/")
+    return any(fnmatch(name, pattern) for pattern in ("model*.safetensors", INDEX, *ADAPTER_FILES))
+
+
+def _is_wanted(path: Path) -> bool:
+    if not path.is_file() or path.name.startswith("."):
+        return False
+    if path.suffix == ".py":
+        return is_bundled(path)
+    return any(fnmatch(path.name, pattern) for pattern in ALLOWED)
+
+
+def _is_report(path: Path) -> bool:
+    if path.suffix != ".json" or not path.is_file() or path.name.startswith(".") or _is_wanted(path):
+        return False
+    return path.stat().st_size <= TEXT_LIMIT and _json(path).keys() >= REPORT
+
+
+def _json(path: Path) -> dict:
+    """The object in a JSON file; empty where it holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_no_token(name: str, path: Path, secrets: Iterable[str]) -> None:
+    if path.suffix == ".safetensors" or path.stat().st_size > TEXT_LIMIT:
+        return
+    data = path.read_bytes()
+    found = TOKEN.search(data)
+    places = [found.start()] if found else [at for text in secrets if text and (at := data.find(text.encode())) >= 0]
+    if places:
+        line = data.count(b"\n", 0, places[0]) + 1
+        raise UserError(f"{name}, line {line}, has a token of the hub in it; remove it from {path}, and revoke it")

@@ -1,0 +1,261 @@
+"""Publishes a checkpoint on the Hugging Face Hub: `push("my-model", "USER/NAME")`.
+
+All files arrive in one commit, after the large ones have been stored, so a repository never holds half a checkpoint; a
+push that broke off goes on where it stopped, and one that changes little sends little. The token is huggingface_hub's
+own business (HF_TOKEN, HF_TOKEN_PATH, `hf auth login`): it is neither an argument nor ever shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import UserError
+from linearize.hf.card_data import eval_results, for_repository
+from linearize.hf.contents import Contents, contents, is_weights
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+CARD = "README.md"
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    public: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    adapter_only: bool = False,
+    base: str | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], Any] = print,
+) -> str:
+    """Upload the checkpoint in `folder` to the model repository `repo`, which is made if it is not there.
+
+    What is there already, by its SHA-256, is not sent again. Weights of an earlier push that this one does not have are
+    deleted in the same commit; everything else in the repository stays.
+
+    Args:
+        folder: what `linearize convert` wrote.
+        repo: `USER/NAME`.
+        public: whether everyone may see it; a repository that is there becomes public by it, and stays as it is
+            otherwise. A new one is private by default.
+        revision: branch, made from main if it is not there. Default: main.
+        message: of the commit.
+        adapter_only: send only the LoRA of `folder/adapter`, in PEFT's format.
+        base: with `adapter_only`, the repository of the converted checkpoint that the adapter belongs to.
+        dry_run: tell the files and their sizes, and neither ask nor change anything anywhere.
+        say: receives what is sent and what stays at home, a text each.
+
+    Returns:
+        The address of the repository, or of the branch.
+
+    Raises:
+        UserError: for a name or folder that cannot be pushed, a token that is missing or may not write there, a
+            repository that holds something else, and a connection that breaks.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder).expanduser()
+    check_name(repo)
+    if base is not None:
+        check_name(base)
+        if not adapter_only:
+            raise UserError("base is the checkpoint that an adapter belongs to; it needs adapter_only")
+    token = None if dry_run else _token()
+    found = contents(folder, adapter_only=adapter_only, secrets=[token] if token else [])
+    card = _card(found, repo, base if base or not adapter_only else "", not dry_run)
+    say(_listing(found, card, repo, revision, public))
+    if dry_run:
+        return repo
+    api = HfApi()
+    with explained(repo):
+        reserve(repo, public=public, say=say)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        there = _there(api, repo, revision)
+        _check_kind(api, repo, revision, there, adapter_only)
+        _commit(api, repo, revision, message, _operations(found, card, there), there.keys() - found.files.keys())
+    return f"{api.endpoint}/{repo}" + ("" if revision is None else f"/tree/{revision}")
+
+
+def reserve(repo: str, *, public: bool = False, say: Callable[[str], Any] = print) -> None:
+    """Make sure that `repo` is there and may be written to, before a long run whose result shall go there.
+
+    Raises:
+        UserError: for a bad name, a missing or wrong token, and a repository that the token may not make.
+    """
+    from huggingface_hub import HfApi
+
+    check_name(repo)
+    _token()
+    api = HfApi()
+    with explained(repo):
+        user = api.whoami()
+        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+        if repo.partition("/")[0] not in owners:
+            raise UserError(
+                f"the token belongs to {user['name']}, who cannot write to {repo}; take a name below one of: "
+                f"{', '.join(owners)}, or log in as its owner"
+            )
+        api.create_repo(repo, private=not public, exist_ok=True)
+        info = api.model_info(repo)
+        if public and info.private:
+            api.update_repo_settings(repo, private=False)
+        elif not public and not info.private:
+            say(f"note: {repo} is public already, and stays so")
+
+
+def check_name(repo: str) -> None:
+    """Raise a UserError for what cannot be the name of a repository with its owner."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo.count("/") != 1:
+        raise UserError(f"{repo!r} is no name of a repository; give USER/NAME, with your user or organisation name")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{repo!r} is no name of a repository: {error}") from error
+
+
+def _token() -> str:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or look with --dry-run")
+    token = get_token()
+    if token is None:
+        raise UserError(
+            "there is no token of the Hugging Face Hub here; run `hf auth login`, or set HF_TOKEN to one that may write"
+        )
+    return token
+
+
+def _card(found: Contents, repo: str, adapter_of: str | None, online: bool) -> bytes | None:
+    """README.md as it stands in the repository, None where the folder has none."""
+    if CARD not in found.files:
+        return None
+    results = []
+    for path in found.reports:
+        from linearize.evals.evaluate import Report
+
+        report = Report.from_json(path)
+        told = report.settings
+        results += eval_results(report.student, told.get("text") or "demo", told.get("split"))
+    text = found.files[CARD].read_text(encoding="utf-8")
+    return for_repository(text, repo, adapter_of=adapter_of, results=results, read_source=online).encode()
+
+
+def _listing(found: Contents, card: bytes | None, repo: str, revision: str | None, public: bool) -> str:
+    sizes = {name: path.stat().st_size for name, path in found.files.items()}
+    if card is not None:
+        sizes[CARD] = len(card)
+    width = max(map(len, sizes))
+    branch = "" if revision is None else f", branch {revision}"
+    lines = [
+        f"{len(sizes)} files, {_bytes(sum(sizes.values()))}, to {repo} ({'public' if public else 'private'}){branch}"
+    ]
+    lines += [f"  {name:<{width}}  {_bytes(size):>10}" for name, size in sorted(sizes.items())]
+    return "\n".join([*lines, *([f"not sent: {', '.join(found.left_out)}"] if found.left_out else [])])
+
+
+def _bytes(size: int) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000  # type: ignore[assignment]
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+def _there(api: HfApi, repo: str, revision: str | None) -> dict[str, Any]:
+    """Path -> what the hub says of it, for every file of the repository."""
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _check_kind(api: HfApi, repo: str, revision: str | None, there: dict[str, Any], adapter_only: bool) -> None:
+    """Refuse to write over a model that is none of ours, and to mix an adapter with a whole checkpoint."""
+    held = [path for path in there if path.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth"))]
+    held += [path for path in ("config.json", "adapter_config.json") if path in there]
+    if not held:
+        return
+    ours = "recipe.yaml" in there
+    if not ours and "config.json" in there:
+        path = api.hf_hub_download(repo, "config.json", revision=revision)
+        ours = '"linearize"' in Path(path).read_text(encoding="utf-8")
+    if not ours:
+        raise UserError(f"{repo} holds a model that linearize did not write, such as {held[0]}; choose another name")
+    if adapter_only == ("config.json" in there):
+        holds, gives = ("an adapter alone", "a whole checkpoint")[:: -1 if adapter_only else 1]
+        raise UserError(f"{repo} holds {holds}, and this is {gives}; push it to a repository of its own")
+
+
+def _operations(found: Contents, card: bytes | None, there: dict[str, Any]) -> list[CommitOperationAdd]:
+    """What is to be sent: everything but large files that the hub has already, as their SHA-256 says."""
+    from huggingface_hub import CommitOperationAdd
+
+    operations = []
+    for name, path in found.files.items():
+        content: Any = card if name == CARD and card is not None else str(path)
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        large, mine = getattr(there.get(name), "lfs", None), operation.upload_info
+        if large is None or (large.size, large.sha256) != (mine.size, mine.sha256.hex()):
+            operations.append(operation)
+    return operations
+
+
+def _commit(
+    api: HfApi,
+    repo: str,
+    revision: str | None,
+    message: str | None,
+    additions: list[CommitOperationAdd],
+    others: set[str],
+) -> None:
+    from huggingface_hub import CommitOperationDelete
+
+    stale = [CommitOperationDelete(path) for path in sorted(others) if is_weights(path)]
+    if additions or stale:
+        message = message or "Upload with linearize"
+        api.create_commit(repo, [*additions, *stale], commit_message=message, revision=revision)
+
+
+@contextmanager
+def explained(repo: str) -> Iterator[None]:
+    """Turn what the hub refuses, and connections that break, into `UserError`s; all else passes."""
+    try:
+        yield
+    except Exception as error:  # a filter: what is not about the hub or the network is re-raised as it came
+        reason = _reason(error, repo)
+        if isinstance(error, UserError) or reason is None:
+            raise
+        raise UserError(reason) from error
+
+
+def _reason(error: BaseException, repo: str) -> str | None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        told = error.server_message or f"status {status}"
+        return {
+            401: f"the hub does not know the token ({told}); run `hf auth login`, or set HF_TOKEN to a valid one",
+            403: f"the token may not write to {repo} ({told}); take one with write access, or another name",
+            404: f"the hub does not find {repo} ({told}); check the name, and that the token may see it",
+        }.get(status, f"the hub refuses {repo}: {told} (status {status})")
+    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
+        return f"the hub does not accept the metadata of README.md: {' '.join(str(error).split())}"
+    # huggingface_hub speaks through httpx or httpx2, as its version has it, so the name is all that is common.
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
+        return (
+            f"the connection to the hub failed ({type(error).__name__}); the files that arrived are kept there, so "
+            "run the same command again"
+        )
+    return _reason(error.__cause__, repo) if error.__cause__ is not None else None

@@ -1,0 +1,131 @@
+"""A model card's metadata: true, valid for the hub's own tools, and nothing invented."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+
+from linearize.demo import model_path
+from linearize.errors import UserError
+from linearize.evals.divergence import Divergence
+from linearize.evals.measure import Measurement
+from linearize.evals.recall_score import RecallScore
+from linearize.evals.text import TextLoss
+from linearize.families.base import Family
+from linearize.hf.card import model_card
+from linearize.hf.card_data import eval_results, for_repository, pipeline_tag, source_metadata
+from linearize.pipeline import plan_of
+from linearize.plan import make_plan
+from linearize.recipe import Recipe
+from linearize.registry import find, keys
+
+
+def measured() -> Measurement:
+    recall = [RecallScore(1, 200, 0.5, 16), RecallScore(4, 1700, None, 0, skipped="too long")]
+    tasks = {
+        "piqa": {"acc": 0.61, "acc_stderr": 0.02, "acc_norm": 0.63, "acc_norm_stderr": math.nan},
+        "gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.01, "broken": math.nan},
+    }
+    losses = [TextLoss(64, 3.25, 63, 1, ()), TextLoss(128, 3.5, 127, 1, ())]
+    return Measurement(losses=losses, recall=recall, tasks=tasks, divergence=[Divergence(64, 0.125, 0.25)])
+
+
+@pytest.fixture
+def source(pico_model: Any, tmp_path: Path) -> Path:
+    pico_model().save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def card_of(name: str, config: Any = None, *overrides: str, student: Measurement | None = None) -> str:
+    recipe = Recipe.load("lolcats", name, list(overrides))
+    plan = plan_of(recipe) if config is None else make_plan(recipe, config)
+    points = {} if student is None else {"teacher": Measurement(), "after finetune": student}
+    return model_card(recipe, plan, points)
+
+
+def test_results_are_read_back_as_they_were_measured(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card_of("demo", student=measured()))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert isinstance(data, ModelCardData) and data.eval_results is not None and data.model_name == "demo-lolcats"
+    found = {(r.dataset_name, r.metric_type, r.metric_name): (r.metric_value, r.metric_args) for r in data.eval_results}
+    by_value = {value: args for value, args in found.values()}
+    assert by_value == {
+        3.25: {"length": 64},
+        3.5: {"length": 128},
+        0.125: {"length": 64},
+        0.5: {"facts": 1, "distance": 200, "questions": 16},
+        0.61: {"stderr": 0.02},
+        0.63: None,
+        0.25: {"stderr": 0.01},
+    }
+    assert {r.dataset_name for r in data.eval_results} == {"demo", "Synthetic recall", "piqa", "gsm8k"}
+    assert {r.dataset_split for r in data.eval_results if r.metric_type == "loss"} == {"dev"}
+    again = ModelCardData(**{**metadata_load(tmp_path / "README.md")})
+    assert again.eval_results == data.eval_results
+
+
+def test_the_demo_has_its_licence_and_no_base_on_the_hub() -> None:
+    data = ModelCard(card_of("demo")).data
+    assert (data.license, data.language, data.pipeline_tag) == ("apache-2.0", "en", "text-generation")
+    assert data.base_model is None and "base_model_relation" not in data and data.eval_results is None
+    assert data.tags == ["linearize", "linear-attention", "lolcats"] and data.datasets is None
+
+
+def test_a_hub_source_is_the_base_and_its_licence_is_not_invented(pico_config: Any) -> None:
+    card = card_of("ada/pico", pico_config(), "data.source=lab/books", "data.name=small", student=measured())
+    data = ModelCard(card).data
+    assert (data.base_model, data.base_model_relation) == ("ada/pico", "finetune")
+    assert data.license is None and data.language is None  # there is no network in tests
+    assert data.datasets == ["lab/books"]
+    (loss, *_) = [r for r in data.eval_results if r.metric_type == "loss"]
+    assert (loss.dataset_type, loss.dataset_config) == ("lab/books", "small")
+
+
+def test_what_a_local_source_says_is_copied(source: Path) -> None:
+    assert source_metadata(str(source)) == {}
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: x\nlicense_link: L\nwidget: []\n---\n")
+    assert source_metadata(str(source)) == {"license": "other", "license_name": "x"}  # the link leads nowhere
+    for broken in ("no metadata", "---\nlicense: [\n---\n", "---\n- a list\n---\n"):
+        (source / "README.md").write_text(broken)
+        assert source_metadata(str(source)) == {}
+    assert source_metadata(str(model_path()))["license"] == "apache-2.0"
+
+
+def test_paths_of_this_machine_are_no_names_of_results(tmp_path: Path) -> None:
+    (result, *_) = eval_results(measured(), str(tmp_path / "held-out.jsonl"), "train")
+    assert result.dataset_name == result.dataset_type == "held-out.jsonl"
+
+
+def test_every_family_has_a_task() -> None:
+    tags = {key: pipeline_tag(find("families", key, Family).auto_class) for key in keys("families")}
+    assert tags["llama"] == "text-generation" and tags["llava"] == "image-text-to-text"
+    assert tags["bert"] == "feature-extraction" and None not in tags.values()
+
+
+def test_a_card_in_a_repository_names_it_and_keeps_what_was_written() -> None:
+    card = card_of("demo", student=measured())
+    card = card.replace("license: apache-2.0", "license: mit").replace("## Recipe", "My own words.\n\n## Recipe")
+    pushed = for_repository(card, "ada/small")
+    data = ModelCard(pushed).data
+    assert data.license == "mit" and data.model_name == "small" and len(data.eval_results) == 7
+    assert "# ada/small: demo, linearized" in pushed and 'path = "ada/small"' in pushed and "My own words." in pushed
+    assert "path/to/this/folder" not in pushed
+    more = eval_results(Measurement(tasks={"copa": {"acc": 0.5}}), "demo", None)
+    assert len(ModelCard(for_repository(card, "ada/small", results=more)).data.eval_results) == 8
+    assert for_repository("# Plain\n", "ada/small") == "# ada/small: Plain\n"
+    with pytest.raises(UserError, match="metadata at the top of README.md cannot be read"):
+        for_repository("---\nlicense: [\n---\ntext", "ada/small")
+
+
+def test_an_adapter_says_what_it_belongs_to() -> None:
+    card = card_of("demo", None, "stages.1.lora.merge=false")
+    assert 'PeftModel.from_pretrained(model, path, subfolder="adapter")' in card and "import PeftModel" in card
+    pushed = for_repository(card, "ada/lora", adapter_of="ada/whole")
+    assert 'path = "ada/whole"' in pushed and 'PeftModel.from_pretrained(model, "ada/lora")' in pushed
+    data = ModelCard(pushed).data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("ada/whole", "adapter", "peft")
+    assert "path/to/the/converted/checkpoint" in for_repository(card, "ada/lora", adapter_of="")
