@@ -105,7 +105,7 @@ class Gallery:
 
     def _figure(self, view: View, prefix: str) -> str:
         assert isinstance(view, Lines | Bars | HeatMap)
-        key = re.sub(r"[^a-z0-9]+", "-", f"{prefix} {view.title}".lower()).strip("-")[:80]
+        key = re.sub(r"[^a-z0-9]+", "-", f"{prefix} {view.title}".lower()).strip("-")[:80] or "figure"
         while f"{key}.png" in self.pictures:
             key += "-2"
         self.pictures[f"{key}.png"] = png(view, self.style)

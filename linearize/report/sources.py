@@ -73,12 +73,13 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
         UserError: for a path that is none of them.
     """
     found = Sources()
+    paths = list(dict.fromkeys(paths))
     folders = {Path(path): name for path, name in _names([Path(p) for p in paths if Path(p).is_dir()]).items()}
     for path in map(Path, paths):
         if path in folders:
             _read_folder(path, folders[path], found)
         elif path.is_file():
-            _read_file(path, _read_json(path), path.stem, found)
+            _read_file(path, _read_json(path), None, found)
         else:
             raise UserError(f"{path} does not exist; give folders that `linearize convert` wrote, or JSON of reports")
     return found
@@ -97,6 +98,7 @@ def _read_folder(folder: Path, name: str, found: Sources) -> None:
     conversion = read_conversion(folder)
     if conversion.name.endswith("(unfinished)"):
         name += " (unfinished)"
+    name = _free(name, [model.name for model in found.models])
     run = folder / "run"
     stages = [
         StageLog(path.parent.name, steps)
@@ -132,14 +134,13 @@ def _kind(values: Any) -> str | None:
     return None
 
 
-def _read_file(path: Path, values: Any, name: str, found: Sources) -> None:
+def _read_file(path: Path, values: Any, name: str | None, found: Sources) -> None:
     kind = _kind(values)
     if kind == "evaluate":
         report = Report.from_json(path)
-        model = name if name != path.stem else Path(report.model).name
-        found.evaluations[_free(model, found.evaluations)] = report
+        found.evaluations[_free(name or Path(report.model).name, found.evaluations)] = report
     elif kind == "bench":
-        found.benches[_free(name, found.benches)] = BenchReport.from_json(path)
+        found.benches[_free(name or path.stem, found.benches)] = BenchReport.from_json(path)
     elif kind == "report":
         for value in values:
             points = {point: Measurement.from_dict(measured) for point, measured in value["points"].items()}
