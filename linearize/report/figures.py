@@ -233,7 +233,7 @@ def _tick(value: float, low: float, high: float) -> str:
     """`value` with as many digits as tell the ticks between `low` and `high` apart."""
     if max(abs(low), abs(high)) >= 1000 or high <= low:
         return short(value)
-    return f"{value:.{max(0, math.ceil(-math.log10((high - low) / 4)))}f}"
+    return f"{value:.{max(0, math.ceil(-math.log10((high - low) / 10)))}f}"
 
 
 def short(value: Number, digits: int = 3) -> str:
