@@ -25,7 +25,7 @@ PAGE_INK = "#010203"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = "os^DvP"
-HATCHES = ("", "///", "...", "xxx")
+HATCHES = ("", "///", "+++", "xxx")  # dots would be fifty kilobytes each in an SVG
 WIDTH, HEIGHT, DPI = 6.4, 3.7, 160
 MARKED = 24
 """Points of a curve up to which each has its marker."""
