@@ -106,6 +106,13 @@ class BenchReport:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
+    @classmethod
+    def from_json(cls, path: str | Path) -> BenchReport:
+        """Read what `to_json` wrote."""
+        values = json.loads(Path(path).read_text())
+        rows = {"speeds": Speed, "steps": StepSpeed, "speculations": Speculation}
+        return cls(**{**values, **{key: [row(**x) for x in values.get(key, [])] for key, row in rows.items()}})
+
 
 def bench(
     student: Any,

@@ -44,7 +44,8 @@ def read_conversion(folder: str | Path) -> Conversion:
             )
     points = json.loads((run / "measurements.json").read_text())
     taken = {name: Measurement.from_dict(values) for name, values in points}
-    name = Path(folder).name if (Path(folder) / "config.json").is_file() else f"{Path(folder).name} (unfinished)"
+    name = Path(folder).resolve().name
+    name = name if (Path(folder) / "config.json").is_file() else f"{name} (unfinished)"
     return Conversion(name, json.loads((run / "plan.json").read_text()), taken)
 
 
@@ -55,7 +56,11 @@ def report(folders: Sequence[str | Path]) -> str:
     its gap to the teacher at the end at every length, KL(teacher || student) per token, the gap with the linear branch
     off, and recall at the end.
     """
-    found = [read_conversion(folder) for folder in folders]
+    return report_of([read_conversion(folder) for folder in folders])
+
+
+def report_of(found: Sequence[Conversion]) -> str:
+    """As `report`, of what was read already."""
     steps = union(name for c in found for name in c.points if name != "teacher")
     steps.sort(key=lambda name: max(list(c.points).index(name) for c in found if name in c.points))
     lengths = union(point.length for c in found for m in c.points.values() for point in m.losses)
@@ -73,7 +78,11 @@ def report(folders: Sequence[str | Path]) -> str:
 
 def to_json(folders: Sequence[str | Path], path: str | Path) -> None:
     """Write everything the table was made of."""
-    found = [read_conversion(folder) for folder in folders]
+    write_json([read_conversion(folder) for folder in folders], path)
+
+
+def write_json(found: Sequence[Conversion], path: str | Path) -> None:
+    """As `to_json`, of what was read already."""
     data = [{"name": c.name, **c.facts, "points": {name: m.to_dict() for name, m in c.points.items()}} for c in found]
     with disk_full(Path(path).parent):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +113,7 @@ def _row(
     return [*row, *(percent(last.recall_rate(*case)) for case in cases), f"{last.tokens:,}"]
 
 
-def _teachers(found: list[Conversion], lengths: list[int], cases: list[tuple[int, int]]) -> str:
+def _teachers(found: Sequence[Conversion], lengths: list[int], cases: list[tuple[int, int]]) -> str:
     """A line per distinct teacher."""
     lines = []
     for c in found:
@@ -130,6 +139,8 @@ def facts_of(plan: Any) -> dict[str, Any]:
         "source_parameters": plan.source_parameters,
         "state_bytes": [layer.state_bytes for layer in plan.layers],
         "kv_bytes_per_token": [layer.kv_bytes_per_token for layer in plan.layers],
+        "reach": [layer.reach for layer in plan.layers],
+        "causal": plan.causal,
         "dtype": plan.dtype,
         "tensors": [dataclasses.asdict(t) for t in next((x.new for x in plan.layers if x.mixer is not None), ())],
     }

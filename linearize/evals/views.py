@@ -38,6 +38,8 @@ class Lines(View):
     series: Mapping[str, Sequence[tuple[float, float]]]
     """Name of a curve -> its points, in order of x."""
     log_x: bool = False
+    log_y: bool = False
+    """Only for values above zero."""
 
 
 @dataclass(frozen=True, kw_only=True)

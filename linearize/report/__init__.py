@@ -1,0 +1,4 @@
+"""The report as a page and pictures: `write_page(paths, "report.html")` in `linearize.report.page`.
+
+`sources` reads what commands left, `views` makes plain views of it, `figures` draws a view, `html` writes the page.
+"""

@@ -1,0 +1,92 @@
+"""Views of plans and logs against sums written out, and the looks of models in figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from left import FACTS, bench, folder
+
+from linearize.bench import BenchReport
+from linearize.evals.views import Bars, HeatMap, Lines
+from linearize.report.figures import COLOURS, INK, Style, short, svg
+from linearize.report.page import measured
+from linearize.report.sources import read_sources
+from linearize.report.views import cache_bytes, cache_views, layer_views, schedule_views, speed_views, thinned
+
+
+def test_cache_bytes_are_states_and_what_softmax_layers_keep() -> None:
+    assert cache_bytes(FACTS, 1000) == 4096 + 64 * 1000 + 4096
+    assert cache_bytes(FACTS, 1000, converted=False) == 64 * 1000 + 64 * 1000 + 64 * 128, "the last one sees 128 tokens"
+    assert cache_bytes({**FACTS, "layers": "SSS"}, 100) == 3 * 64 * 100
+
+
+def test_thinned_points_are_means_of_consecutive_ones() -> None:
+    points = [(float(i), float(i * i)) for i in range(10)]
+    assert thinned(points, 10) == points
+    assert thinned(points, 4) == [(1.0, 5 / 3), (4.0, 50 / 3), (7.0, 149 / 3), (9.0, 81.0)]
+
+
+def test_layers_at_the_end_of_training_and_over_it(tmp_path: Path) -> None:
+    bars, course = layer_views(read_sources([folder(tmp_path / "gdn")]).models)
+    assert isinstance(bars, Bars) and isinstance(course, HeatMap)
+    last = [0.5 ** (step / 10) for step in range(36, 40)]
+    assert bars.labels == ["layer 0", "layer 2"]
+    assert bars.series["gdn"] == pytest.approx([4 * sum(last) / 4, 8 * sum(last) / 4])
+    means = [sum(0.5 ** (step / 10) for step in range(i, i + 4)) / 4 for i in range(0, 40, 4)]
+    assert course.values[1] == pytest.approx([mean / means[0] for mean in means])
+
+
+def test_stages_follow_each_other_on_the_axis_of_tokens(tmp_path: Path) -> None:
+    rate = schedule_views(read_sources([folder(tmp_path / "gdn")]).models)[0]
+    assert isinstance(rate, Lines)
+    assert [x for x, _ in rate.series["gdn"]] == [25.0 * (i + 1) for i in range(80)]
+
+
+def test_teachers_stand_once_unless_they_differ(tmp_path: Path) -> None:
+    one, two = folder(tmp_path / "a" / "gdn"), folder(tmp_path / "b" / "gdn", loss=4)
+    models = read_sources([one, two, one]).models
+    assert list(measured(models)) == ["teacher", "a/gdn", "b/gdn"]
+    assert list(cache_views(models)[0].series) == ["softmax", "a/gdn", "b/gdn"]  # type: ignore[attr-defined]
+    other = folder(tmp_path / "other", source="another")
+    assert list(measured(read_sources([one, other]).models)) == ["teacher of gdn", "teacher of other", "gdn", "other"]
+
+
+def test_a_bench_comes_back_from_json_and_is_shown(tmp_path: Path) -> None:
+    path = bench(tmp_path / "timed.json")
+    again = BenchReport.from_json(path)
+    again.to_json(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(path.read_text())
+    prefill = speed_views({"gdn": again})[0]
+    assert isinstance(prefill, Lines)
+    assert prefill.series == {"softmax": [(512, 1000.0)], "gdn": [(512, 1000.0), (2048, 900.0)]}
+
+
+def test_a_model_looks_the_same_in_all_figures() -> None:
+    style = Style(["gdn", "gdn-hybrid", *"abcdefgh"], ["teacher"])
+    assert style.of(["gdn-hybrid, linear off", "gdn-hybrid", "teacher"], INK) == [
+        (COLOURS[1], 1),
+        (COLOURS[1], 0),
+        (INK, 0),
+    ]
+    looks = style.of(style.models, INK)
+    assert len(set(looks)) == len(looks) == 10 and looks[0][0] == looks[6][0] == COLOURS[0]
+
+
+def test_ids_of_two_figures_differ_and_text_is_not_mathematics() -> None:
+    view = Lines("t", x_label="$x$ < 1", y_label="y", series={"a": [(1, 2), (2, 3)]})
+    one, two = (svg(view, Style(["a"]), key) for key in ("one", "two"))
+    ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (one, two)]
+    assert ids[0] and not ids[0] & ids[1]
+    assert "$x$ &lt; 1" in one and "currentColor" in one and "#010203" not in one
+    assert one == svg(view, Style(["a"]), "one")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0, "0"), (0.03125, "0.0312"), (12, "12"), (2048, "2,048"), (131072, "131.1k"), (1.5e6, "1.5M")],
+)
+def test_short_numbers(value: float | None, text: str) -> None:
+    assert short(value) == text
