@@ -1,9 +1,10 @@
-"""Loss by position up to eight times the training length, and whether the state collapses on the way.
+"""Loss by position up to eight times the training length, and whether the model collapses on the way.
 
 Text is not equally hard everywhere, so each token beyond the training length is predicted twice: after everything
 before it, and after a short context alone, half the training length to all of it. What the long context adds to the
-loss of the same tokens is the rise. A model that is merely not helped by far context rises by 0; a rise above
-`threshold` is what Chen et al. 2024 (Stuffed Mamba, arXiv:2410.07145) call state collapse, and a note says so.
+loss of the same tokens is the rise. A model that is merely not helped by far context rises by 0. A note names a rise
+above `threshold`: where a state is to blame, Chen et al. 2024 (Stuffed Mamba, arXiv:2410.07145) call it state collapse;
+softmax attention does the same beyond the positions that it was trained on.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class LengthExtrapolation(Probe):
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"seq_len", "length", "windows", "buckets", "notes"}`, a bucket `{"first", "end", "loss", "short", "rise",
         "error"}` for positions first <= p < end: nats per token after all tokens and after a short context, the
-        difference and its standard error over windows; the last three None up to the training length, the error also
-        for one window.
+        difference and its standard error over windows; the last three None up to the training length, the error for one
+        window, and all where they are not finite.
 
         Raises:
             UserError: when the text is not longer than the training length.
@@ -61,17 +62,20 @@ class LengthExtrapolation(Probe):
         long, few = torch.cat(full), torch.cat(near)  # [W, L - 1], [W, L - short]
         edges = [*doubling_edges(short), *range(2 * short, length, short), length]
         buckets = [_bucket(long, few, a, b, short) for a, b in pairwise(edges)]
+        broken = next((b["first"] for b in buckets if b["loss"] is None), None)
+        notes += [] if broken is None else [f"the loss is not finite from position {broken} on"]
         collapse = self._collapse(buckets, short)
         notes += [collapse] if collapse else []
         return {"seq_len": short, "length": length, "windows": len(long), "buckets": buckets, "notes": notes}
 
     def _collapse(self, buckets: list[dict[str, Any]], short: int) -> str | None:
         """What to say of the first bucket whose rise is above the threshold, and above twice its standard error."""
-        worst = max(buckets, key=lambda b: b["rise"] or -math.inf)
-        for b in buckets:
-            if b["rise"] is not None and b["rise"] > max(self.config.threshold, 2 * (b["error"] or 0.0)):
+        beyond = [b for b in buckets if b["rise"] is not None]
+        worst = max(beyond, key=lambda b: b["rise"], default={})
+        for b in beyond:
+            if b["rise"] > max(self.config.threshold, 2 * (b["error"] or 0.0)):
                 return (
-                    f"state collapse: from position {b['first']} on the loss is {b['rise']:.2f} nats above that of the "
+                    f"collapse: from position {b['first']} on the loss is {b['rise']:.2f} nats above that of the "
                     f"same tokens after at most {short} tokens ({worst['rise']:.2f} at worst, from {worst['first']}; "
                     f"training length {short}, threshold {self.config.threshold:g})"
                 )
@@ -117,15 +121,10 @@ def short_context_losses(model: Any, ids: torch.Tensor, short: int, rows: int) -
 
 def _bucket(full: torch.Tensor, near: torch.Tensor, first: int, end: int, short: int) -> dict[str, Any]:
     loss = full[:, first - 1 : end - 1].mean(1)
-    if first < short:
-        return {"first": first, "end": end, "loss": float(loss.mean()), "short": None, "rise": None, "error": None}
-    rise = loss - near[:, first - short : end - short].mean(1)  # a number for each window
-    error = float(rise.std()) / math.sqrt(len(rise)) if len(rise) > 1 else None
-    return {
-        "first": first,
-        "end": end,
-        "loss": float(loss.mean()),
-        "short": float((loss - rise).mean()),
-        "rise": float(rise.mean()),
-        "error": error,
-    }
+    numbers = {"loss": loss.mean()}
+    if first >= short:
+        rise = loss - near[:, first - short : end - short].mean(1)  # a number for each window
+        numbers |= {"short": (loss - rise).mean(), "rise": rise.mean()}
+        numbers |= {"error": rise.std() / math.sqrt(len(rise))} if len(rise) > 1 else {}
+    finite = {key: float(value) for key, value in numbers.items() if value.isfinite()}
+    return {"first": first, "end": end, **{key: finite.get(key) for key in ("loss", "short", "rise", "error")}}

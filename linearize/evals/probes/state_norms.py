@@ -31,7 +31,7 @@ class StateNormsConfig(ProbeConfig):
     times: PositiveInt = Field(4, description="Longest length, in training lengths.")
     windows: PositiveInt = Field(4, description="Windows of text of that length, evenly spaced over it.")
     growth: PositiveFloat = Field(
-        0.1, description="Exponent of the length above which a state counts as growing at the end."
+        0.2, description="Exponent of the length above which a state counts as growing at the end."
     )
 
 

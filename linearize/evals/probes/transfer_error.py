@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveInt
 from torch.nn.functional import cosine_similarity
+from torch.utils._pytree import tree_map
 
 from linearize.errors import UserError
 from linearize.evals.probes.base import Probe, ProbeConfig, Subject, layer_bars
@@ -102,8 +103,9 @@ def _comparing(model: Any, teacher: Any, sums: dict[int, torch.Tensor]) -> Itera
             "`teacher`, or leave the probe out"
         )
     places = family.attentions(teacher)
+    dtype = None if teacher is model else model.dtype
     hooks = [
-        places[name].register_forward_hook(partial(_compare, model, attn, sums), with_kwargs=True)
+        places[name].register_forward_hook(partial(_compare, model, attn, dtype, sums), with_kwargs=True)
         for name, attn in layers.items()
     ]
     try:
@@ -116,16 +118,21 @@ def _comparing(model: Any, teacher: Any, sums: dict[int, torch.Tensor]) -> Itera
 def _compare(
     model: Any,
     attn: SwappedAttention,
+    dtype: torch.dtype | None,
     sums: dict[int, torch.Tensor],
     module: Any,
     args: tuple,
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
+    """`dtype` is the student's, None where it is that of its inputs."""
     call = attn.given(args, kwargs)
+    x, position = call.x, call.position
+    if dtype is not None:
+        x, position = tree_map(lambda t: t.to(dtype) if isinstance(t, torch.Tensor) else t, (x, position))
     with student_path(attn, source_weights(model)):
-        heads, _ = attn.heads(call.x, call.position, call.batch)
-        student = attn.family.output(attn, heads.flatten(-2).to(call.x.dtype)).double()
+        heads, _ = attn.heads(x, position, call.batch)
+        student = attn.family.output(attn, heads.flatten(-2).to(x.dtype)).double()
     expected = output[0].double()
     found = torch.stack(
         [
