@@ -92,6 +92,8 @@ class StateNorms(Probe):
     def _notes(self, found: list[dict[str, Any]]) -> list[str]:
         broken = [at["layer"] for at in found if any(point["rms"] is None for point in at["points"])]
         growing = [at for at in found if (at["growth"] or 0.0) > self.config.growth]
+        if not found:
+            return ["no mixer says which matrices its state holds (`Mixer.matrices`)"]
         notes = [f"the state is not finite in layers {', '.join(map(str, broken))}"] if broken else []
         if growing:
             fastest = max(growing, key=lambda at: at["growth"])
