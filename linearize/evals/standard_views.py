@@ -1,65 +1,181 @@
-"""Views of the measurements that every conversion takes: losses, branches switched off, recall, divergence, tasks."""
+"""Views of the measurements that are always taken, for pages that show several models side by side.
+
+`standard_views({"teacher": ..., "student": ...})` gives them; the views of probes come from the probes themselves. What
+no model has been measured on is left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from linearize.evals.measure import Measurement
 from linearize.evals.table import case_name, union
-from linearize.evals.views import Bars, Lines, Number, View
+from linearize.evals.views import Bars, Lines, Number, Table, View
 
-Curves = dict[str, list[tuple[float, float]]]
+Measurements = Mapping[str, Measurement]
 
 
-def standard_views(measurements: Mapping[str, Measurement]) -> list[View]:
-    """What to show of several models, or several points of one; nothing where nothing was measured.
+def standard_views(measurements: Measurements) -> list[View]:
+    """What to show of the standing measurements.
 
     Args:
-        measurements: name of the model -> what was measured on it.
+        measurements: name of the model -> what was measured on it, in the order to be shown.
+
+    Returns:
+        Losses by length and by position, the cost of each branch switched off, distance from the teacher, recall,
+        tasks, and for encoders agreement with the teacher; of these what any of the models has.
     """
-    m = measurements
-    views: list[View] = []
-    if len(union(point.length for found in m.values() for point in found.losses)) > 1:
-        curves: Curves = {name: [(p.length, p.loss) for p in x.losses] for name, x in m.items() if x.losses}
-        views.append(_lines("Loss by context length", curves, x_label="tokens of context", y_label="nats per token"))
-    for length in union(point.length for found in m.values() for point in found.losses):
-        curves = {
-            name: [(end, loss) for _, end, loss in point.by_position]
-            for name, found in m.items()
-            for point in found.losses
-            if point.length == length
-        }
-        title = f"Loss by position in {length:,} tokens"
-        views.append(_lines(title, curves, x_label="position (tokens, up to)", y_label="nats per token"))
-    for length in union(loss.length for found in m.values() for loss in found.branches):
-        labels = ["all branches", *union(f"{b.branch} off" for found in m.values() for b in found.branches)]
-        heights = {name: _branches(found, labels, length) for name, found in m.items()}
-        note = "A branch whose absence does not raise the loss does not help."
-        title = f"Loss with a branch switched off, {length:,} tokens"
-        views.append(Bars(title, note, y_label="nats per token", labels=labels, series=heights))
-    cases = union((score.facts, score.distance) for found in m.values() for score in found.recall)
-    if cases:
-        rates = {name: [found.recall_rate(*case) for case in cases] for name, found in m.items()}
-        note = "Facts to remember / tokens between them and the question."
-        labels = [case_name(case) for case in cases]
-        views.append(Bars("Recall", note, y_label="share of right answers", labels=labels, series=rates))
-    lengths = union(d.length for found in m.values() for d in found.divergence)
-    if lengths:
-        apart = {name: [_kl(found, length) for length in lengths] for name, found in m.items() if found.divergence}
-        labels = [f"{length:,} tokens" for length in lengths]
-        title = "KL(teacher || student)"
-        views.append(Bars(title, y_label="nats per token", labels=labels, series=apart))
-    return views
+    views = [*_losses(measurements), *_branches(measurements), *_divergences(measurements)]
+    return [*views, *_recall(measurements), *_tasks(measurements), *_agreements(measurements)]
 
 
-def _lines(title: str, curves: Curves, *, x_label: str, y_label: str) -> Lines:
-    return Lines(title, x_label=x_label, y_label=y_label, series=curves, log_x=True)
+def _curves(measurements: Measurements, points: Callable[[Measurement], Iterable[tuple[float, float]]]) -> dict:
+    found = {name: sorted((x, y) for x, y in points(m) if math.isfinite(y)) for name, m in measurements.items()}
+    return {name: curve for name, curve in found.items() if curve}
 
 
-def _branches(found: Measurement, labels: list[str], length: int) -> list[Number]:
-    return [found.loss(length), *(found.branch_loss(label.removesuffix(" off"), length) for label in labels[1:])]
+def _bars(
+    measurements: Measurements, labels: Mapping[Any, str], value: Callable[[Measurement, Any], Number]
+) -> dict[str, Any]:
+    """Labels, and for each model that has any of the values its bars."""
+    series = {name: [_finite(value(m, key)) for key in labels] for name, m in measurements.items()}
+    shown = {name: heights for name, heights in series.items() if any(height is not None for height in heights)}
+    return {"labels": list(labels.values()), "series": shown}
 
 
-def _kl(found: Measurement, length: int) -> Number:
-    apart = found.diverges(length)
-    return None if apart is None else apart.kl
+def _finite(value: Number) -> Number:
+    """None for what a model that broke in training gives."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _losses(measurements: Measurements) -> list[View]:
+    lengths = union(point.length for m in measurements.values() for point in m.losses)
+    if not lengths:
+        return []
+    longest = max(lengths)
+
+    def positions(m: Measurement) -> list[tuple[float, float]]:
+        return [(end, loss) for p in m.losses if p.length == longest for _, end, loss in p.by_position]
+
+    return [
+        Bars(
+            "Loss by context length",
+            "Held-out text, next token. Longer contexts help a model that uses them.",
+            y_label="nats per token",
+            **_bars(measurements, {n: f"{n} tokens" for n in sorted(lengths)}, Measurement.loss),
+        ),
+        Lines(
+            f"Loss by position in {longest} tokens",
+            "A curve that stops falling where others go on belongs to a model that does not reach further back.",
+            x_label="position (tokens, up to)",
+            y_label="nats per token",
+            series=_curves(measurements, positions),
+            log_x=True,
+        ),
+    ]
+
+
+def _branches(measurements: Measurements) -> list[View]:
+    pairs = union((found.branch, found.length) for m in measurements.values() for found in m.branches)
+    if not pairs:
+        return []
+
+    def rise(m: Measurement, pair: tuple[str, int]) -> Number:
+        off, whole = m.branch_loss(*pair), m.loss(pair[1])
+        return None if off is None or whole is None else off - whole
+
+    return [
+        Bars(
+            "What each branch is worth",
+            "Rise of the loss when a branch of all mixers is off. A linear branch at 0 or below does not help.",
+            y_label="nats per token",
+            **_bars(measurements, {pair: f"{pair[0]} off, {pair[1]} tokens" for pair in pairs}, rise),
+        )
+    ]
+
+
+def _divergences(measurements: Measurements) -> list[View]:
+    lengths = sorted(union(found.length for m in measurements.values() for found in m.divergence))
+    if not lengths:
+        return []
+    labels = {n: f"{n} tokens" for n in lengths}
+
+    def of(key: str) -> Callable[[Measurement, int], Number]:
+        return lambda m, length: getattr(m.diverges(length), key, None)
+
+    return [
+        Bars(
+            "KL to the teacher",
+            "KL(teacher || student) on held-out text.",
+            y_label="nats per token",
+            **_bars(measurements, labels, of("kl")),
+        ),
+        Bars(
+            "Same likeliest token as the teacher",
+            y_label="share of positions",
+            **_bars(measurements, labels, of("same")),
+        ),
+    ]
+
+
+def _recall(measurements: Measurements) -> list[View]:
+    asked = [(name, score) for name, m in measurements.items() for score in m.recall]
+    cases = union((s.facts, s.distance) for _, s in asked if s.exact_match is not None)
+    if not cases:
+        return []
+
+    def rate(m: Measurement, case: tuple[int, int]) -> Number:
+        return m.recall_rate(*case)
+
+    rows: list[list[str | Number]] = [
+        [name, case_name((s.facts, s.distance)), s.exact_match, s.low, s.high, str(s.n)]
+        for name, s in asked
+        if s.exact_match is not None
+    ]
+    return [
+        Bars(
+            "Recall",
+            "Facts hidden in text, asked for some tokens later. Those beyond a window are found through a state or a "
+            "softmax layer, or not at all.",
+            y_label="share of right answers",
+            **_bars(measurements, {case: f"{case_name(case)} tokens" for case in cases}, rate),
+        ),
+        Table(
+            "Recall with 95% intervals",
+            columns=["", "facts/tokens between", "right", "from", "to", "questions"],
+            rows=rows,
+        ),
+    ]
+
+
+def _tasks(measurements: Measurements) -> list[View]:
+    rows: list[list[str | Number]] = []
+    for task in union(task for m in measurements.values() for task in m.tasks):
+        having = [m for m in measurements.values() if task in m.tasks]
+        for metric in union(metric for m in having for metric in m.main_metrics(task)):
+            values = [_finite(m.tasks.get(task, {}).get(metric)) for m in measurements.values()]
+            rows.append([task, metric, *values])
+    if not rows:
+        return []
+    return [Table("Tasks of the lm-evaluation-harness", columns=["task", "metric", *measurements], rows=rows)]
+
+
+def _agreements(measurements: Measurements) -> list[View]:
+    lengths = sorted(union(found.length for m in measurements.values() for found in m.agreement))
+    if not lengths:
+        return []
+
+    def cosine(m: Measurement, key: tuple[str, int]) -> Number:
+        return getattr(m.agrees(key[1]), key[0], None)
+
+    labels = {(kind, n): f"{kind}s, {n} tokens" for n in lengths for kind in ("embedding", "token")}
+    return [
+        Bars(
+            "Agreement of the encoder with its teacher",
+            "Mean cosine of last hidden states.",
+            y_label="cosine",
+            **_bars(measurements, labels, cosine),
+        )
+    ]

@@ -108,7 +108,7 @@ def loss_on_text(
     with evaluating(model):
         for first in range(0, len(starts), batch_size):
             rows = [token_ids[start : start + length] for start in starts[first : first + batch_size]]
-            totals += _position_losses(model, torch.stack(rows).to(device)).double().sum(0).cpu()
+            totals += position_losses(model, torch.stack(rows).to(device)).double().sum(0).cpu()
     edges = doubling_edges(length)
     buckets = ((a, b, float(totals[a - 1 : b - 1].mean() / len(starts))) for a, b in pairwise(edges))
     return TextLoss(
@@ -146,7 +146,7 @@ def branch_losses(
     return losses
 
 
-def _position_losses(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+def position_losses(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """Loss of each predicted token: [B, T] -> [B, T - 1] float32; few logits are float32 at once."""
     logits = model(input_ids=input_ids, use_cache=False).logits  # [B, T, V] in the model's dtype
     targets = input_ids[:, 1:]

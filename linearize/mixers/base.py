@@ -153,6 +153,12 @@ class Mixer(nn.Module):
         finally:
             self.disabled = before
 
+    def matrices(self, state: State) -> tuple[torch.Tensor, ...]:
+        """The matrices [B, N, F, V] that the recurrent branch holds in a state, N heads times memories or levels, for
+        probes to measure; none where a mixer does not say.
+        """
+        return ()
+
     def calibrate(self, measured: Any) -> None:
         """Set parameters from a `linearize.mixers.parts.base.Calibration` of the layer; by default there are none."""
 

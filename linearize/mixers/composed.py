@@ -183,6 +183,9 @@ class Composed(Mixer):
     def exact(self) -> int:
         return self.config.window
 
+    def matrices(self, state: State) -> tuple[torch.Tensor, ...]:
+        return self.update.matrices(state["linear"])
+
     def calibrate(self, measured: Calibration) -> None:
         """Set what the parts can set from the teacher's attention."""
         calibrate_parts(self, measured)

@@ -58,6 +58,9 @@ class LinearizedLlm(BlockMixer):
         taps: dict[str, Init] = {"taps": Constant(0.0)} if self.config.conv_size else {}
         return {**super().inits(), **taps}
 
+    def matrices(self, state: State) -> tuple[torch.Tensor, ...]:
+        return super().matrices(state["groups"])
+
     def forward(
         self,
         q: torch.Tensor,

@@ -7,7 +7,7 @@ data that goes to JSON; what it looks like is made from that data alone, for sev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,8 +16,9 @@ import torch
 from pydantic import Field, ValidationError
 
 from linearize.errors import UserError
-from linearize.evals.views import View
-from linearize.registry import find
+from linearize.evals.text import spread_windows
+from linearize.evals.views import Bars, Number, View
+from linearize.registry import find, known_family
 from linearize.schema import Strict, user_error
 
 
@@ -43,6 +44,35 @@ class Subject:
     teacher: Callable[[], AbstractContextManager[Any]] | None = None
     """`with subject.teacher() as model:` is the source model, which may be `model` itself in another state; None where
     there is none, or where `model` is the source."""
+
+    def batches(self, length: int, windows: int, rows: int | None = None) -> Iterator[torch.Tensor]:
+        """Windows of text [B, length], evenly spread over it, on the model's device; `rows` at once, else
+        `batch_size`.
+
+        Raises:
+            UserError: when the text is shorter than one window.
+        """
+        starts = spread_windows(len(self.text), length, windows)
+        rows = rows or self.batch_size
+        for first in range(0, len(starts), rows):
+            texts = [self.text[start : start + length] for start in starts[first : first + rows]]
+            yield torch.stack(texts).to(self.model.device)
+
+    def fitting(self, length: int) -> tuple[int, list[str]]:
+        """The length in tokens, at most that of the text and, where positions end, of the model; and notes on what a
+        reader must know of it.
+        """
+        notes = []
+        if length > len(self.text):
+            notes.append(f"{length} tokens were asked for, the text has {len(self.text)}; give a longer one for more")
+            length = len(self.text)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None or length <= limit:
+            return length, notes
+        family = known_family(self.model.config)
+        if family is None or family.rotary is None:  # a table of positions, which ends
+            return limit, [*notes, f"lengths end at {limit} tokens, for the model has no further positions"]
+        return length, [*notes, f"positions from {limit} on are beyond those that the source model was trained for"]
 
 
 class Probe:
@@ -80,6 +110,30 @@ class Probe:
             results: name of the model -> what `run` returned.
         """
         raise NotImplementedError
+
+
+def layer_bars(
+    title: str,
+    y_label: str,
+    results: Mapping[str, dict[str, Any]],
+    value: Callable[[dict[str, Any]], Number],
+    note: str,
+) -> Bars:
+    """A group of bars for each layer that any of the models was measured in.
+
+    Args:
+        results: name of the model -> data whose `layers` is a list of `{"layer": its number, ...}`.
+        value: the height of the bar of an entry of that list.
+    """
+    found = {name: {at["layer"]: value(at) for at in result["layers"]} for name, result in results.items()}
+    layers = sorted({layer for heights in found.values() for layer in heights})
+    return Bars(
+        title,
+        note,
+        y_label=y_label,
+        labels=[f"layer {layer}" for layer in layers],
+        series={name: [heights.get(layer) for layer in layers] for name, heights in found.items()},
+    )
 
 
 def probe_of(settings: str | Mapping[str, Any], where: str = "probes") -> Probe:

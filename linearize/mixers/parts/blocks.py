@@ -72,6 +72,9 @@ class BlockMixer(Mixer):
     def exact(self) -> int:
         return self.config.window
 
+    def matrices(self, state: State) -> tuple[torch.Tensor, ...]:
+        return (state["S"],)
+
     def calibrate(self, measured: Calibration) -> None:
         """Set what the parts can set from the teacher's attention."""
         calibrate_parts(self, measured)

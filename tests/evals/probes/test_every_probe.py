@@ -27,7 +27,13 @@ def student(converted: Callable[..., Any]) -> Any:
     return converted("gdn", "LSL")
 
 
-def run(probe: str, model: Any, tokenizer: Any, **options: Any) -> list[dict[str, Any]]:
+SMALL = {"windows": 5, "prompts": 5, "tokens": 12}
+"""Settings by which probes are quick, where they have them; five rows are a batch of four and a rest."""
+
+
+def run(key: str, model: Any, tokenizer: Any, **options: Any) -> list[dict[str, Any]]:
+    known = find("evals.probes", key, Probe).Config.model_fields
+    probe = {"type": key, **{name: value for name, value in SMALL.items() if name in known}}
     config = EvalConfig(lengths=[32], windows=2, recall=False, branches=False, probes=[probe], **options)
     return measure(model, tokenizer, config, token_ids=TEXT, seq_len=32, has_teacher=True).probes
 

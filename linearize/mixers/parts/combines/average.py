@@ -28,6 +28,9 @@ class Average(Combine):
 
     Config = AverageConfig
 
+    def window_weight(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(window.lse, self.config.mix)
+
     def forward(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
         mix = self.config.mix
         return mix * window.out + (1 - mix) * memory.out

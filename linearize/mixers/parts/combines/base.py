@@ -48,6 +48,12 @@ class Combine(Part):
         self.config = config
         self.shape = shape
 
+    def window_weight(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor | None:
+        """[B, T, Hq] the factor on the window's output in what `forward` returns, arguments as there; the rest of it is
+        the recurrent branch's. None where a combination does not say.
+        """
+        return None
+
     def forward(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
         """[B, T, Hq, V]; x [B, T, C] is the layer's input."""
         raise NotImplementedError

@@ -47,8 +47,16 @@ class SharedDenominator(Combine):
         factor = self.config.window_factor
         return {"window_factor": Constant(math.log(factor / (1 - factor)))}
 
+    def window_weight(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
+        assert memory.den is not None
+        weight = self._unnormalised(window)
+        return weight / (weight + memory.den)
+
+    def _unnormalised(self, window: Window) -> torch.Tensor:
+        """[B, T, Hq] the window's part of the denominator."""
+        return self.window_factor.to(window.lse.dtype).sigmoid() * (window.lse - window.peak).exp()
+
     def forward(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
         assert memory.den is not None
-        factor = self.window_factor.to(window.lse.dtype).sigmoid()
-        weight = factor * (window.lse - window.peak).exp()  # [B, T, Hq], the window's share
+        weight = self._unnormalised(window)
         return (weight[..., None] * window.out + memory.out) / (weight + memory.den)[..., None]

@@ -47,7 +47,10 @@ class Sigmoid(Combine):
         mix = self.config.mix
         return {"weight": Constant(0.0), "bias": Constant(math.log(mix / (1 - mix)))}
 
-    def forward(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
+    def window_weight(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
         z = F.linear(x, self.weight.to(x.dtype))
-        mix = (z.to(working_dtype(z)) + self.bias).sigmoid().unsqueeze(-1)
+        return (z.to(working_dtype(z)) + self.bias).sigmoid()
+
+    def forward(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
+        mix = self.window_weight(window, memory, x).unsqueeze(-1)
         return mix * window.out + (1 - mix) * memory.out

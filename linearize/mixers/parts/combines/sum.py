@@ -22,5 +22,8 @@ class Sum(Combine):
 
     Config = SumConfig
 
+    def window_weight(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(window.lse)
+
     def forward(self, window: Window, memory: Memory, x: torch.Tensor) -> torch.Tensor:
         return window.out + memory.out

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from linearize.inits.base import Constant, Init
 from linearize.mixers.base import HeadShape
@@ -58,6 +59,12 @@ class Update(Part):
     def decay_channels(self) -> int:
         """How many decays per head a decay per channel is to have; by default one per feature."""
         return self.shape.key_dim
+
+    def matrices(self, state: Any) -> tuple[torch.Tensor, ...]:
+        """The matrices [B, N, F, V] that tokens are written into, as a query reads them; by default all tensors of the
+        state that have four dimensions.
+        """
+        return tuple(leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor) and leaf.ndim == 4)
 
     def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         """What the recurrence is run on.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,9 @@ class LogLinear(Update):
     def inits(self) -> dict[str, Init]:
         one = Constant(math.log(math.e - 1))  # softplus of it is 1
         return {"weight": Constant(0.0), "bias": one, **super().inits()}
+
+    def matrices(self, state: Any) -> tuple[torch.Tensor, ...]:
+        return (state[0].flatten(1, 2),)
 
     def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         z = torch.einsum("btc,hlc->bthl", x, self.weight.to(x.dtype))

@@ -68,6 +68,9 @@ class Memories(Update):
     def decay_channels(self) -> int:
         return self.inner.decay_channels()
 
+    def matrices(self, state: Any) -> tuple[torch.Tensor, ...]:
+        return self.inner.matrices(state)
+
     def forward(
         self,
         q: torch.Tensor,

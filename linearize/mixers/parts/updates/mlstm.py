@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,10 @@ class Mlstm(Update):
     def __init__(self, config: MlstmConfig, shape: HeadShape):
         super().__init__(config, shape)
         self.input = HeadGate(shape, math.log(shape.key_dim))
+
+    def matrices(self, state: Any) -> tuple[torch.Tensor, ...]:
+        C, _, m = state  # C is kept divided by exp(m), which can be beyond float32
+        return (C.double() * m.double().exp()[..., None, None],)
 
     def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         g = gate.log_decay

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,6 +69,10 @@ class Ttt(Update):
             "start_bias": Constant(0.0),
         }
         return {**own, **super().inits()}
+
+    def matrices(self, state: Any) -> tuple[torch.Tensor, ...]:
+        W, _, dW, _, _ = state
+        return (W - dW,)
 
     def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:
         inner = (self.norm_weight, self.norm_bias, self.start_weight, self.start_bias)
