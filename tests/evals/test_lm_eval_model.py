@@ -1,4 +1,4 @@
-"""Every way from a checkpoint to the harness gives the same numbers, in batches of any size, and when memory is short."""
+"""Every way from a checkpoint to the harness gives the same numbers, in batches of any size, and with little memory."""
 
 from __future__ import annotations
 
