@@ -34,6 +34,7 @@ def student(converted: Any) -> Any:
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Task files for every kind of request."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # asks pip for all packages: seconds
     write_tasks(write_questions(tmp_path / "questions"), tmp_path / "tasks")
     write_rows(tmp_path / "writing.jsonl", OPTIONS)
     (tmp_path / "tasks" / "writing.yaml").write_text(WRITING.format(data=tmp_path / "writing.jsonl"))
@@ -91,7 +92,7 @@ def test_every_way_gives_the_same(student: Any, pico_tokenizer: Any, tasks: Path
     assert_same(ours, found["eight"])
 
 
-@pytest.mark.parametrize(("key", "layers"), [("gdn", "LLL"), ("lolcats", "LSL"), ("mamba2", "LSL")])
+@pytest.mark.parametrize(("key", "layers"), [("gdn", "LLL"), ("mamba2", "LSL")])
 def test_a_batch_changes_nothing(converted: Any, pico_tokenizer: Any, tasks: Path, key: str, layers: str) -> None:
     model = converted(key, layers, max_position_embeddings=64)
     alone = run(in_memory(model, pico_tokenizer, 1), tasks)
