@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linearize.errors import UserError
-from linearize.evals.statistics import Paired, bootstrap_mean_difference, wilson
+from linearize.evals.statistics import Paired, interval_of_mean, wilson
 from linearize.evals.task_groups import main_metric
 
 
@@ -45,7 +45,7 @@ class Comparison:
     difference: float
     """Accuracy of the student less the teacher's; of a group the mean of its tasks' differences."""
     low: float
-    """Lower end of its 95% interval: Newcombe's for a task, a bootstrap over questions for a group."""
+    """Lower end of its 95% interval: Newcombe's, joined over the tasks of a group."""
     high: float
     alike: int | None
     """Questions on which both choose the same option or write the same; None without options."""
@@ -116,11 +116,9 @@ def _compare(pairs: Sequence[tuple[Items, Items]]) -> Comparison:
     if all(one.chosen and other.chosen for one, other in pairs):
         choices = [zip(one.chosen.split(), other.chosen.split(), strict=True) for one, other in pairs]
         alike = sum(a == b for both in choices for a, b in both)
-    if len(pairs) == 1:
-        return Comparison(counts, counts.difference, *counts.interval(), alike)
-    differences = [[int(a) - int(b) for a, b in zip(one, other, strict=True)] for one, other in flags]
-    mean = sum(sum(values) / len(values) for values in differences) / len(differences)
-    return Comparison(counts, mean, *bootstrap_mean_difference(differences), alike)
+    parts = [Paired.of(one, other) for one, other in flags]
+    mean = sum(part.difference for part in parts) / len(parts)
+    return Comparison(counts, mean, *interval_of_mean(parts), alike)
 
 
 HEADER = ["student and teacher", "questions", "difference", "95%", "same choice", "95%", "won/lost/tied", "McNemar p"]
@@ -137,5 +135,5 @@ def comparison_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
         counts = f"{c.counts.wins}/{c.counts.losses}/{c.counts.ties}"
         interval = f"{100 * c.low:+.1f} to {100 * c.high:+.1f}"
         rows.append([task, str(c.counts.n), f"{100 * c.difference:+.1f}", interval, *agreement, counts])
-        rows[-1].append(f"{c.counts.p_value:.3f}")
+        rows[-1].append("<0.001" if c.counts.p_value < 0.001 else f"{c.counts.p_value:.3f}")
     return rows

@@ -7,7 +7,6 @@ and gives the difference with its interval and the exact McNemar test. Pure func
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -99,21 +98,14 @@ class Paired:
         return excess / math.sqrt(margins)
 
 
-def bootstrap_mean_difference(
-    tasks: Sequence[Sequence[float]], *, draws: int = 2000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over tasks of each task's mean difference.
+def interval_of_mean(parts: Sequence[Paired]) -> tuple[float, float]:
+    """95% interval of the unweighted mean of independent tasks' differences.
 
-    Questions are drawn anew within every task (Efron 1979), so that a task weighs as much as in a mean of tasks.
-
-    Args:
-        tasks: for every task its differences between two models, one a question.
-        level: share of the draws that lie inside.
+    The distances from each difference to the ends of its interval add in squares (the MOVER method of Zou and Donner
+    2008, Statistics in Medicine 27:1693-1702). A bootstrap would not do: with no question lost, no draw has one either.
     """
-    random_ = random.Random(seed)
-    means = sorted(
-        sum(sum(random_.choices(values, k=len(values))) / len(values) for values in tasks) / len(tasks)
-        for _ in range(draws)
-    )
-    cut = (1 - level) / 2
-    return means[math.floor(cut * (draws - 1))], means[math.ceil((1 - cut) * (draws - 1))]
+    mean = sum(part.difference for part in parts) / len(parts)
+    ends = [(part.difference, *part.interval()) for part in parts]
+    below = math.sqrt(sum((difference - low) ** 2 for difference, low, _ in ends)) / len(parts)
+    above = math.sqrt(sum((high - difference) ** 2 for difference, _, high in ends)) / len(parts)
+    return mean - below, mean + above
