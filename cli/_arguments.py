@@ -30,10 +30,22 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_or_auto(text: str) -> int | str:
+    """A whole number from 1, or the word auto."""
+    return text if text == "auto" else positive(text)
+
+
+def from_zero(text: str) -> int:
+    """A whole number from 0."""
+    return 0 if text == "0" else positive(text)
+
+
 # What argparse calls a type in its messages.
 numbers.__name__ = "list of positive numbers"
 names.__name__ = "list of names"
 positive.__name__ = "positive number"
+from_zero.__name__ = "number from 0"
+positive_or_auto.__name__ = "positive number or auto"
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from linearize.cli._arguments import add_trust, names, numbers, positive
+from linearize.cli._arguments import add_trust, from_zero, names, numbers, positive, positive_or_auto
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="model to compare with, or none (default: the one it was converted from)",
     )
-    parser.add_argument("--tasks", type=names, metavar="A,B", help="lm-evaluation-harness tasks")
+    parser.add_argument("--tasks", type=names, metavar="A,B", help="lm-evaluation-harness tasks or groups")
     parser.add_argument("--include-path", metavar="DIR", help="folder with lm-evaluation-harness task files")
-    parser.add_argument("--limit", type=positive, metavar="N", help="examples per task")
+    parser.add_argument("--tasks-from", metavar="DIR", help="folder of questions in .jsonl files, each a task")
+    parser.add_argument("--num-fewshot", type=from_zero, metavar="N", help="examples in the prompts of tasks")
+    parser.add_argument("--limit", type=positive, metavar="N", help="questions per task")
     parser.add_argument("--text", metavar="SOURCE", help="held-out text: demo, a file or a hub dataset")
     parser.add_argument("--split", metavar="NAME", help="split of that text")
     parser.add_argument("--lengths", type=numbers, metavar="N,N", help="context lengths of the loss in tokens")
@@ -32,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-branches", dest="branches", action="store_false", help="do not switch branches off")
     parser.add_argument("--probes", type=names, metavar="A,B", help="further measurements, such as kl_by_position")
     parser.add_argument("--prompt", dest="sample_prompt", metavar="TEXT", help="a prompt to continue greedily")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="rows per forward")
+    parser.add_argument(
+        "--batch-size", type=positive_or_auto, metavar="N", help="rows per forward, or auto (for tasks)"
+    )
     parser.add_argument("--dtype", metavar="NAME", help="type of the weights (default: the checkpoint's)")
     parser.add_argument("--device", metavar="NAME", help="default: a GPU if there is one")
     parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from linearize.evals.probes.base import probe_of
 from linearize.schema import Strict
@@ -38,13 +38,28 @@ class EvalConfig(Strict):
         description="Measure the student before training and after each stage; false: teacher and finished student.",
     )
     branches: bool = Field(True, description="Also take the losses with each branch of the mixers switched off.")
-    tasks: list[str] = Field(default_factory=list, description="lm-evaluation-harness tasks.")
+    tasks: list[str] = Field(
+        default_factory=list, description="lm-evaluation-harness tasks, or groups such as commonsense and mmlu."
+    )
+    num_fewshot: NonNegativeInt | None = Field(
+        None, description="Examples in the prompts of tasks; each task's own choice if not set."
+    )
+    limit: PositiveInt | None = Field(None, description="Questions per task; all if not set.")
     probes: list[dict[str, Any]] = Field(
         default_factory=list, description="Further measurements: names of probes, or the `type` and settings of one."
     )
     sample_prompt: str | None = Field(None, description="Prompt that the model continues greedily; none if not set.")
     sample_tokens: PositiveInt = Field(48, description="Tokens of that continuation.")
-    batch_size: PositiveInt = Field(4, description="Rows per forward; changes speed and memory, not results.")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        4,
+        description="Rows per forward; changes speed and memory, not results. `auto`: tasks take what memory holds, "
+        "other measurements 4.",
+    )
+
+    @property
+    def rows(self) -> int:
+        """Rows per forward of measurements that do not find their batch size themselves."""
+        return 4 if self.batch_size == "auto" else self.batch_size
 
     @field_validator("probes", mode="before")
     @classmethod

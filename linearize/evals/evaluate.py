@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ import linearize
 from linearize.data import DataConfig
 from linearize.errors import UserError, disk_full
 from linearize.evals.config import EvalConfig
+from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, eval_tokens, measure
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
@@ -90,8 +91,10 @@ def evaluate(
     probes: Sequence[str | Mapping[str, Any]] = (),
     sample_prompt: str | None = None,
     include_path: str | Path | None = None,
+    tasks_from: str | Path | None = None,
+    num_fewshot: int | None = None,
     limit: int | None = None,
-    batch_size: int = 4,
+    batch_size: int | Literal["auto"] = 4,
     output: str | Path | None = None,
     dtype: str = "auto",
     device: str | None = None,
@@ -102,7 +105,7 @@ def evaluate(
     Args:
         path: folder or hub name of a converted checkpoint or of any causal LM.
         teacher: model to compare with. Default: `model.name` of the checkpoint's recipe.yaml; False for none.
-        tasks: lm-evaluation-harness tasks.
+        tasks: lm-evaluation-harness tasks, and groups of them, such as commonsense or mmlu.
         text: "demo", a file or a hub dataset. Default: the text of the checkpoint's recipe, else "demo".
         split: split of that source. Default: that of the recipe, else "dev".
         lengths: context lengths of the loss. Default: the training length and twice that.
@@ -113,8 +116,11 @@ def evaluate(
         probes: further measurements: names of probes, or their `type` and settings (docs/recipes.md, "Probes").
         sample_prompt: a prompt to continue greedily.
         include_path: folder with lm-eval task files of your own.
+        tasks_from: folder of questions in JSON lines, each file a task: see `linearize.evals.local_tasks`. All of
+            them are asked where `tasks` is empty.
+        num_fewshot: examples in the prompts of tasks. Default: each task's own choice.
         limit: examples per lm-eval task.
-        batch_size: rows per forward.
+        batch_size: rows per forward; "auto": tasks take what memory holds, other measurements 4.
         output: JSON file for the report.
         dtype: data type of the weights, such as float32; "auto" is the checkpoint's.
         device: where to run. Default: a GPU if there is one.
@@ -144,18 +150,12 @@ def evaluate(
         branches=branches,
         probes=list(probes),
         tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
         sample_prompt=sample_prompt,
         batch_size=batch_size,
     )
     token_ids = eval_tokens(config, tokenizer, data)
-    take = partial(
-        measure,
-        config=config,
-        token_ids=token_ids,
-        seq_len=config.lengths[0],
-        include_path=None if include_path is None else str(include_path),
-        limit=limit,
-    )
     environment = _environment(model)
     vocabulary = tokenizer.get_vocab()
 
@@ -168,23 +168,27 @@ def evaluate(
             )
         return model, tokenizer
 
-    teacher_measurement = None
-    if teacher and any(probe_of(settings).needs_teacher for settings in config.probes):  # both in memory
-        other, other_tokenizer = load_teacher()
-        student_measurement = take(model, tokenizer, teacher=other)
-        del model
-        teacher_measurement = take(other, other_tokenizer)
-    else:
-        student_measurement = take(model, tokenizer)
-        del model
-        if teacher:
-            teacher_measurement = take(*load_teacher())
+    with local_tasks(tasks_from) as (folders, local):
+        config = config.model_copy(update={"tasks": config.tasks or local})
+        paths = [*folders, *([] if include_path is None else [include_path])]
+        take = partial(measure, config=config, token_ids=token_ids, seq_len=config.lengths[0], include_path=paths)
+        teacher_measurement = None
+        if teacher and any(probe_of(settings).needs_teacher for settings in config.probes):  # both in memory
+            other, other_tokenizer = load_teacher()
+            student_measurement = take(model, tokenizer, teacher=other)
+            del model
+            teacher_measurement = take(other, other_tokenizer)
+        else:
+            student_measurement = take(model, tokenizer)
+            del model
+            if teacher:
+                teacher_measurement = take(*load_teacher())
     report = Report(
         model=name,
         student=student_measurement,
         teacher_model=str(teacher) if teacher else None,
         teacher=teacher_measurement,
-        settings={**config.model_dump(mode="json"), "limit": limit, "text_tokens": len(token_ids)},
+        settings={**config.model_dump(mode="json"), "text_tokens": len(token_ids)},
         environment=environment,
     )
     if output is not None:

@@ -1,17 +1,33 @@
 """Runs EleutherAI's lm-evaluation-harness on a model that is already in memory.
 
-`lm_eval_tasks(model, tokenizer, ["piqa"])` gives the harness's own numbers; `include_path` adds a folder of
-task files of your own. The harness is imported only here, inside the functions.
+`lm_eval_tasks(model, tokenizer, ["piqa"])` gives the harness's own numbers, and what was answered to every question;
+`include_path` adds folders of task files of your own. The harness is imported only inside the functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linearize.errors import UserError, did_you_mean
+from linearize.evals.items import Items, items_of
+from linearize.evals.task_groups import GROUPS, asked_groups, expand, group_mean, leaves
 from linearize.evals.text import evaluating
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What the harness found."""
+
+    scores: dict[str, dict[str, float]]
+    """{task or group: {metric: value}}; standard errors are called `<metric>_stderr`, and a metric of a filter other
+    than none `<metric>,<filter>`. A group without numbers of the harness has the `mean` of its tasks' main metrics."""
+    items: dict[str, Items]
+    """The answers to each question of tasks whose main metric is right or wrong."""
+    groups: dict[str, list[str]]
+    """The tasks of each group."""
 
 
 def lm_eval_tasks(
@@ -19,58 +35,75 @@ def lm_eval_tasks(
     tokenizer: Any,
     tasks: Sequence[str],
     *,
-    include_path: str | Path | None = None,
+    include_path: str | Path | Sequence[str | Path] | None = None,
     limit: int | None = None,
-    batch_size: int = 4,
+    batch_size: int | str = 4,
     num_fewshot: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """Scores of the tasks and groups, `{task: {metric: value}}`, standard errors as `<metric>_stderr`.
-
-    A metric with a filter other than none is called `<metric>,<filter>`, as the harness prints it.
+) -> TaskResults:
+    """Run tasks and groups, also those of `linearize.evals.task_groups`.
 
     Args:
-        include_path: folder with task files; the harness's own index is read only if a task is not in it.
+        include_path: folders with task files; the harness's own index is read only if a task is not in them.
         limit: examples per task; all when None.
-        num_fewshot: examples in the prompt; the task's own choice when None.
+        batch_size: rows per forward, or "auto": see `linearize.evals.lm_eval_model.LinearizeLM`.
+        num_fewshot: examples in the prompt; the task's own choice when None, or where the task says 0.
 
     Raises:
         UserError: when the harness is missing or a task is unknown.
     """
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+
+        from linearize.evals.lm_eval_model import in_memory
     except ImportError as error:
         raise UserError(
             f"tasks need the lm-evaluation-harness ({error}); run: pip install 'lm-eval[hf]>=0.4.13'"
         ) from error
-    manager = _task_manager(tasks, include_path)
+    names = expand(tasks)
+    manager = _task_manager(names, include_path)
     with evaluating(model):
-        results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size),
-            tasks=list(tasks),
+        found = simple_evaluate(
+            model=in_memory(model, tokenizer, batch_size),
+            tasks=names,
             task_manager=manager,
             num_fewshot=num_fewshot,
             limit=limit,
             bootstrap_iters=1000,
-            log_samples=False,
+            log_samples=True,
         )
-    return {task: _metrics(values) for task, values in results["results"].items()}
+    return _read(found, tasks)
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+def _read(found: dict[str, Any], asked: Sequence[str]) -> TaskResults:
+    scores = {task: _metrics(values) for task, values in found["results"].items()}
+    groups = asked_groups(asked) | leaves(found["group_subtasks"])
+    for group, members in groups.items():
+        mean = group_mean(members, scores)
+        if mean is not None and not scores.get(group):
+            scores[group] = {"mean": mean}
+    delimiters = {task: config.get("target_delimiter", " ") for task, config in found["configs"].items()}
+    items = {task: items_of(kept, scores[task], delimiters[task]) for task, kept in found["samples"].items()}
+    scores = {task: scores[task] for task in (*groups, *scores) if scores.get(task)}
+    return TaskResults(scores, {task: answers for task, answers in items.items() if answers is not None}, groups)
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> Any:
     """A task manager that knows `tasks`: reading the harness's whole index takes 12 s, one folder 0.1 s."""
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise UserError(f"no folder {str(include_path)!r} with task files; `include_path` must name one")
-        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    folders = [include_path] if isinstance(include_path, str | Path) else list(include_path or ())
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"no folder {str(folder)!r} with task files; `include_path` must name one")
+    paths = [str(folder) for folder in folders]
+    if paths:
+        manager = TaskManager(include_path=paths, include_defaults=False)
         if all(manager.match_tasks([task]) for task in tasks):
             return manager
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = TaskManager(include_path=paths or None)
     for task in tasks:
         if not manager.match_tasks([task]):
-            hint = did_you_mean(task, manager.all_tasks).split("known:")[0].rstrip("; ")
+            hint = did_you_mean(task, [*manager.all_tasks, *GROUPS]).split("known:")[0].rstrip("; ")
             raise UserError(f"unknown lm-eval task {task!r}{hint}; `lm_eval ls tasks` lists them")
     return manager
 

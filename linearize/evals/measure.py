@@ -7,7 +7,7 @@ JSON and back. Put the call inside `linearize.swap.teacher_path(model)` to measu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +20,17 @@ from linearize.errors import UserError
 from linearize.evals.agreement import Agreement, agreement
 from linearize.evals.config import EvalConfig
 from linearize.evals.divergence import Divergence, divergence_on_text
+from linearize.evals.items import Items
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.probes.base import Subject, probe_of
 from linearize.evals.recall_score import CASES, RecallScore, generate_greedily, padding_id, recall
+from linearize.evals.task_groups import main_metric
 from linearize.evals.text import BranchLoss, TextLoss, branch_losses, evaluating, loss_on_text
 from linearize.registry import known_family
 from linearize.swap import swapped, teacher_path
 
 TEXT_TOKENS = 2_000_000
 """Tokens of evaluation text that are read at most; windows are spread over them."""
-MAIN_METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity", "f1", "mcc")
 
 
 @dataclass
@@ -40,7 +41,11 @@ class Measurement:
     branches: list[BranchLoss] = field(default_factory=list)
     recall: list[RecallScore] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
-    """{task: {metric: value}} from the lm-evaluation-harness."""
+    """{task or group: {metric: value}} from the lm-evaluation-harness."""
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    """The tasks of each group among them."""
+    items: dict[str, Items] = field(default_factory=dict)
+    """The answers to each question of tasks that are right or wrong, to compare models question by question."""
     prompt: str | None = None
     sample: str | None = None
     """What the model wrote after `prompt`, greedily."""
@@ -84,8 +89,10 @@ class Measurement:
 
     def main_metrics(self, task: str) -> list[str]:
         """The metric of `task` that tables show; all of them if it has none of the usual ones."""
-        metrics = [name for name in self.tasks[task] if not name.endswith("_stderr")]
-        return next(([name] for name in MAIN_METRICS if name in metrics), metrics)
+        main = main_metric(self.tasks[task])
+        if main is not None and "," not in main:
+            return [main]
+        return [name for name in self.tasks[task] if "_stderr" not in name]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -103,7 +110,8 @@ class Measurement:
         agree = [Agreement(**found) for found in values.get("agreement", [])]
         diverge = [Divergence(**found) for found in values.get("divergence", [])]
         lists = {"losses": losses, "branches": branches, "recall": scores, "agreement": agree, "divergence": diverge}
-        return cls(**{**values, **lists})
+        items = {task: Items(**answers) for task, answers in values.get("items", {}).items()}
+        return cls(**{**values, **lists, "items": items})
 
 
 def measure(
@@ -113,8 +121,7 @@ def measure(
     *,
     token_ids: torch.Tensor,
     seq_len: int,
-    include_path: str | None = None,
-    limit: int | None = None,
+    include_path: str | Path | Sequence[str | Path] | None = None,
     has_teacher: bool = False,
     teacher: Any = None,
 ) -> Measurement:
@@ -124,13 +131,12 @@ def measure(
         model: a causal LM; training mode and weights are as before afterwards.
         token_ids: [N] held-out text: the losses are taken on it, and it fills the recall prompts.
         seq_len: the training length, for `config.lengths` left empty.
-        include_path: folder with lm-eval task files.
-        limit: examples per lm-eval task.
+        include_path: folders with lm-eval task files.
         has_teacher: whether `linearize.swap.teacher_path` makes the source model of it, to be compared with.
         teacher: the source model, where it is another one in memory.
     """
     lengths = list(config.lengths) or [seq_len]
-    scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.batch_size}
+    scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.rows}
     result = Measurement(notes=_length_notes(model, lengths))
     family = known_family(model.config)
     if family is not None and not family.causal:
@@ -148,7 +154,7 @@ def measure(
             token_ids,
             cases,
             items_per_case=config.recall_items,
-            batch_size=config.batch_size,
+            batch_size=config.rows,
         )
         result.notes += [
             f"recall of {r.facts} fact(s) over {r.distance} tokens was not asked: {r.skipped}"
@@ -156,21 +162,23 @@ def measure(
             if r.skipped
         ]
     if config.tasks:
-        result.tasks = lm_eval_tasks(
+        found = lm_eval_tasks(
             model,
             tokenizer,
             config.tasks,
             include_path=include_path,
-            limit=limit,
+            limit=config.limit,
             batch_size=config.batch_size,
+            num_fewshot=config.num_fewshot,
         )
+        result.tasks, result.items, result.groups = found.scores, found.items, found.groups
     if config.probes:
         subject = Subject(
             model=model,
             tokenizer=tokenizer,
             text=token_ids,
             seq_len=seq_len,
-            batch_size=config.batch_size,
+            batch_size=config.rows,
             teacher=_source_of(model, has_teacher, teacher),
         )
         result.probes = _probed(subject, config.probes, result.notes)

@@ -7,7 +7,6 @@ reported beside it.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from linearize.evals.recall import RecallItem, make_prompt
+from linearize.evals.statistics import wilson
 from linearize.evals.text import evaluating
 
 CASES: tuple[tuple[int, int], ...] = ((1, 200), (1, 900), (1, 1800), (4, 1700), (8, 1500))
@@ -75,15 +75,6 @@ def recall(
         low, high = wilson(right, len(items))
         scores.append(RecallScore(facts, distance, right / len(items), len(items), low, high))
     return scores
-
-
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion; z = 1.96 for 95% (Wilson 1927)."""
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], *, tokens: int, pad: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from linearize.evals.items import HEADER, compare, comparison_rows
 from linearize.evals.measure import Measurement
 
 NOTHING = "–"
@@ -50,7 +51,10 @@ def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
 
 
 def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
-    """One row per metric, columns teacher, student, difference; the rows with a branch off come last."""
+    """One row per metric, columns teacher, student, difference; the rows with a branch off come last.
+
+    A second table compares the answers to each question of tasks: see `linearize.evals.items`.
+    """
     columns = [m for m in (teacher, student) if m is not None]
     header = ["", "teacher", "student", "difference"] if teacher else ["", "model"]
 
@@ -80,7 +84,9 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
         rows.append(row(f"loss {loss.length}, {loss.branch} off", values))
     points = [("teacher", teacher), ("student", student)] if teacher else [("model", student)]
     named = [(name, m) for name, m in points if m is not None]
-    return grid(header, rows) + _samples(named) + _notes(named)
+    compared = compare(student, teacher) if teacher else {}
+    answers = "\n\n" + grid(HEADER, comparison_rows(compared)) if compared else ""
+    return grid(header, rows) + answers + _samples(named) + _notes(named)
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -119,7 +125,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def number(value: float | None, sign: str = "") -> str:
-    return NOTHING if value is None else f"{value:{sign}.3f}"
+    return NOTHING if value is None else f"{round(value, 3) + 0.0:{sign}.3f}"  # + 0.0: no minus before a zero
 
 
 def percent(value: float | None) -> str:

@@ -56,6 +56,22 @@ def test_without_a_teacher_and_for_any_model(folders):
     assert plain.teacher is None and plain.student.branches == []
 
 
+def test_local_questions_are_asked_of_both(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"query": f"{i} and", "choices": [str(i), "none at all", "x"], "gold": i % 3} for i in range(6)]
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"tasks_from": tmp_path / "questions", "limit": 5, "batch_size": "auto", **QUICK, "recall": False}
+    report = evaluate(folders[1], output=tmp_path / "report.json", device="cpu", **options)
+    assert report.settings["tasks"] == ["sums"] and report.settings["limit"] == 5
+    for measured in (report.student, report.teacher):
+        answers = measured.items["sums"]
+        assert len(answers.right) == 5 and answers.right.count("1") / 5 == measured.tasks["sums"]["acc_norm"]
+    (row,) = (line for line in report.table().splitlines() if line.startswith("| sums  "))
+    assert row.split("|")[2].strip() == "5"
+    assert Report.from_json(tmp_path / "report.json") == report
+
+
 def test_a_teacher_that_nobody_names_is_an_error(folders):
     source, _, text = folders
     with pytest.raises(UserError, match=r"no recipe\.yaml that names its source model"):

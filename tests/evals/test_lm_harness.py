@@ -52,8 +52,8 @@ def test_accuracy_is_that_of_the_likelier_choice(converted, pico_tokenizer, task
     model = converted("lolcats")
     results = lm_eval_tasks(model, pico_tokenizer, ["tiny_choice"], include_path=task_folder, batch_size=3)
     right = [choice_by_likelihood(model, pico_tokenizer, row) == row["gold"] for row in ROWS]
-    assert results["tiny_choice"]["acc"] == pytest.approx(sum(right) / len(ROWS))
-    assert {"acc", "acc_norm", "acc_stderr"} <= set(results["tiny_choice"])
+    assert results.scores["tiny_choice"]["acc"] == pytest.approx(sum(right) / len(ROWS))
+    assert {"acc", "acc_norm", "acc_stderr"} <= set(results.scores["tiny_choice"])
 
 
 def test_missing_folder_is_named(converted, pico_tokenizer, tmp_path):

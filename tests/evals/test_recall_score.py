@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from linearize.evals.recall_score import generate_greedily, recall, wilson
+from linearize.evals.recall_score import generate_greedily, recall
 from linearize.swap import teacher_path
 
 CASES = [(1, 40), (3, 60)]
@@ -75,11 +75,6 @@ def test_a_case_beyond_the_context_is_skipped_and_says_so(pico_tokenizer):
     )
     assert near.exact_match == 1.0
     assert far.exact_match is None and far.n == 0 and "the model has 512" in far.skipped
-
-
-def test_wilson_interval():
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
 PROMPTS = [[5, 6, 7], list(range(2, 22)), [9] * 11]
