@@ -77,7 +77,7 @@ def recall(
     return scores
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of a proportion; z = 1.96 for 95% (Wilson 1927)."""
     p = successes / n
     centre = p + z * z / (2 * n)
