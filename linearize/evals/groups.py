@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "recall": ("passkey", "niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "mqar"),
+    "recall": ("facts", "passkey", "niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "mqar"),
     "long": ("variable_tracking", "common_words", "frequent_words", "selective_copying", "grammar", "babilong"),
 }
 """Group -> its probes: finding things again, and what takes the whole context or several steps."""

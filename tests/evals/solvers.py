@@ -77,4 +77,4 @@ def babilong(text: str) -> list[str]:
     return [been[re.match(r"Where is (?:the )?(\w+)\?", question)[1]][-1]]
 
 
-niah_single = niah_multikey = niah_multivalue = niah_multiquery = niah
+facts = niah_single = niah_multikey = niah_multivalue = niah_multiquery = niah
