@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,41 @@ def numbers(text: str) -> list[int]:
 def names(text: str) -> list[str]:
     """`piqa,arc_easy` -> ["piqa", "arc_easy"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def probes(text: str) -> list[str | dict[str, Any]]:
+    """`passkey,mqar(pairs=8, lengths=[512, 1k])` -> ["passkey", {"type": "mqar", "pairs": 8, "lengths": [512, "1k"]}].
+
+    Settings are written as in recipes: the key, an equals sign, and YAML.
+    """
+    import yaml
+
+    found: list[str | dict[str, Any]] = []
+    for part in _split(text):
+        name, bracket, rest = part.partition("(")
+        if not bracket:
+            found.append(part)
+            continue
+        settings = [setting.partition("=") for setting in _split(rest.removesuffix(")"))]
+        if not rest.endswith(")") or not all(equals for _, equals, _ in settings):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a probe; write name or name(key=value, key=value)")
+        try:
+            found.append({"type": name.strip(), **{key.strip(): yaml.safe_load(value) for key, _, value in settings}})
+        except yaml.YAMLError:
+            raise argparse.ArgumentTypeError(f"a setting in {part!r} is not YAML, such as 8 or [512, 1k]") from None
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas outside brackets, without empty ones."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def positive(text: str) -> int:

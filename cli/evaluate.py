@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from linearize.cli._arguments import add_trust, from_zero, names, numbers, positive, positive_or_auto
+from linearize.cli._arguments import add_trust, from_zero, names, numbers, positive, positive_or_auto, probes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-recall", dest="recall", action="store_false", help="ask no recall questions")
     parser.add_argument("--recall-items", type=positive, metavar="N", help="questions per recall case")
     parser.add_argument("--no-branches", dest="branches", action="store_false", help="do not switch branches off")
-    parser.add_argument("--probes", type=names, metavar="A,B", help="further measurements, such as kl_by_position")
+    parser.add_argument(
+        "--probes",
+        type=probes,
+        metavar="A,B",
+        help="further measurements, such as kl_by_position, groups of them, such as recall, or 'mqar(pairs=8)'",
+    )
     parser.add_argument("--prompt", dest="sample_prompt", metavar="TEXT", help="a prompt to continue greedily")
     parser.add_argument(
         "--batch-size", type=positive_or_auto, metavar="N", help="rows per forward, or auto (for tasks)"

@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from linearize.data import DataConfig
 from linearize.evals.config import EvalConfig
+from linearize.evals.groups import GROUPS
 from linearize.evals.probes.base import Probe
 from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import Mixer
@@ -110,10 +111,12 @@ def render() -> str:
         selector = find("select", key, Selector)
         parts += [f"### `{key}`\n", f"{inspect.getdoc(inspect.getmodule(selector))}\n"]
         parts += ["Its own settings:\n", _table(_own_rows(selector.Config))]
+    groups = "; ".join(f"`{name}` is {', '.join(f'`{probe}`' for probe in probes)}" for name, probes in GROUPS.items())
     parts += [
         "## Probes\n",
         "`evaluation: {probes: [...]}` and `linearize evaluate --probes` take further measurements, by name or as "
-        "`{type: name, ...}` with settings.\n",
+        "`{type: name, ...}` with settings; on the command line `--probes 'mqar(pairs=8, lengths=[512, 1k])'`. "
+        f"Groups of them: {groups}.\n",
     ]
     for key in keys("evals.probes"):
         probe = find("evals.probes", key, Probe)

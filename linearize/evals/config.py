@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
+from linearize.evals.groups import ungrouped
 from linearize.evals.probes.base import probe_of
 from linearize.schema import Strict
 
@@ -46,7 +47,8 @@ class EvalConfig(Strict):
     )
     limit: PositiveInt | None = Field(None, description="Questions per task; all if not set.")
     probes: list[dict[str, Any]] = Field(
-        default_factory=list, description="Further measurements: names of probes, or the `type` and settings of one."
+        default_factory=list,
+        description="Further measurements: names of probes or of groups, or the `type` and settings of one.",
     )
     sample_prompt: str | None = Field(None, description="Prompt that the model continues greedily; none if not set.")
     sample_tokens: PositiveInt = Field(48, description="Tokens of that continuation.")
@@ -66,5 +68,5 @@ class EvalConfig(Strict):
     def _resolve_probes(cls, value: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"must be a list of probes, such as [kl_by_position], got {value!r}")
-        probes = [probe_of(settings, f"probes.{index}") for index, settings in enumerate(value)]
+        probes = [probe_of(settings, f"probes.{index}") for index, settings in enumerate(ungrouped(value))]
         return [probe.config.model_dump(mode="json") for probe in probes]

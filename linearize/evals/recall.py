@@ -67,8 +67,8 @@ def make_prompt(
     chosen = facts(n_facts, rng)
     asked = rng.randrange(n_facts)
     word, number = chosen[asked]
-    pieces = [_encode(tokenizer, FACT.format(word=w, number=m)) for w, m in chosen]
-    body, ends = _spread(pieces, _stretch(filler_token_ids, distance + LEAD, rng), first=LEAD, rng=rng)
+    pieces = [encode(tokenizer, FACT.format(word=w, number=m)) for w, m in chosen]
+    body, ends = _spread(pieces, stretch(filler_token_ids, distance + LEAD, rng), first=LEAD, rng=rng)
     question, answer = _question(tokenizer, word, number)
     return RecallItem(
         input_ids=[*leading_bos(tokenizer), *body, *question],
@@ -88,7 +88,7 @@ def recall_document(
         UserError: when `length` has no room for the facts and questions, or `filler` is too short.
     """
     chosen = facts(n_facts, rng)
-    pieces = [_encode(tokenizer, FACT.format(word=w, number=m)) for w, m in chosen]
+    pieces = [encode(tokenizer, FACT.format(word=w, number=m)) for w, m in chosen]
     questions: list[int] = []
     for word, number in rng.sample(chosen, n_facts):
         question, answer = _question(tokenizer, word, number)
@@ -100,11 +100,12 @@ def recall_document(
             f"a recall document of {length} tokens cannot hold {n_facts} facts, which take {length - room}"
             "; use fewer facts or a larger data.seq_len"
         )
-    body, _ = _spread(pieces, _stretch(filler, room, rng), first=rng.randint(0, room), rng=rng)
+    body, _ = _spread(pieces, stretch(filler, room, rng), first=rng.randint(0, room), rng=rng)
     return [*bos, *body, *questions]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of `text` alone, without those that begin or end a document."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -114,16 +115,33 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return added if added == [tokenizer.bos_token_id] else []
 
 
+def continuations(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens of `prompt` and of each answer, split where the tokenizer would go on after the prompt.
+
+    The split is the same for all answers: where the tokens of the prompt with one of them first differ from those of
+    the prompt alone.
+    """
+    alone = encode(tokenizer, prompt)
+    whole = [encode(tokenizer, prompt + answer) for answer in answers]
+    same = min(
+        next((i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), len(alone)) for both in whole
+    )
+    return alone[:same], [both[same:] for both in whole]
+
+
 def _question(tokenizer: PreTrainedTokenizerBase, word: str, number: str) -> tuple[list[int], list[int]]:
-    """Tokens of the question and of the answer, split where the tokenizer would go on after the question."""
-    asked = QUESTION.format(word=word)
-    question = _encode(tokenizer, asked)
-    both = _encode(tokenizer, asked + ANSWER.format(number=number))
-    same = next((i for i, (a, b) in enumerate(zip(question, both, strict=False)) if a != b), len(question))
-    return both[:same], both[same:]
+    question, (answer,) = continuations(tokenizer, QUESTION.format(word=word), [ANSWER.format(number=number)])
+    return question, answer
 
 
-def _stretch(filler: Sequence[int], length: int, rng: random.Random) -> list[int]:
+def stretch(filler: Sequence[int], length: int, rng: random.Random) -> list[int]:
+    """A random contiguous stretch of `length` tokens.
+
+    Raises:
+        UserError: when `filler` is shorter.
+    """
     if len(filler) < length:
         raise UserError(
             f"recall needs {length} tokens of filler text and has {len(filler)}; give longer text or a shorter distance"

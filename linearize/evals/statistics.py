@@ -14,7 +14,7 @@ Z95 = 1.96
 """Standard normal quantile of two-sided 95% intervals."""
 
 
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson score interval of a proportion; z = 1.96 for 95% (Wilson 1927)."""
     p = successes / n
     centre = p + z * z / (2 * n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from trainable import make_recipe
 
 import linearize
+from linearize.cli._arguments import probes
 from linearize.cli.main import main
 from linearize.recipe import Recipe
 
@@ -240,3 +242,24 @@ def test_doctor_asks_the_endpoint_only_if_told(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing listens
     assert main(["doctor", "--online"]) == 0
     assert "reachable               no: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mqar, recall", ["mqar", "recall"]),
+        (
+            "mqar(pairs=8, lengths=[512, 1k]),passkey()",
+            [{"type": "mqar", "pairs": 8, "lengths": [512, "1k"]}, {"type": "passkey"}],
+        ),
+        ("my.module:Probe(names={a: [b, c]})", [{"type": "my.module:Probe", "names": {"a": ["b", "c"]}}]),
+    ],
+)
+def test_probes_with_settings(text: str, expected: list) -> None:
+    assert probes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["mqar(8)", "mqar(pairs=8", "mqar(pairs=[)"])
+def test_probes_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="write name|not YAML"):
+        probes(text)

@@ -17,7 +17,8 @@ from pydantic import Field, PositiveInt
 
 from linearize.errors import UserError
 from linearize.evals.probes.base import Probe, ProbeConfig, Subject
-from linearize.evals.recall_score import generate_greedily, padding_id, wilson
+from linearize.evals.recall_score import generate_greedily, padding_id
+from linearize.evals.statistics import wilson
 from linearize.evals.views import Lines, Table, View
 from linearize.schema import Count
 
