@@ -26,6 +26,7 @@ from linearize.errors import UserError, disk_full
 from linearize.evals.config import EvalConfig
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.probe_views import as_text, probe_views
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
 from linearize.hf.load import hub_file, load
@@ -50,10 +51,14 @@ class Report:
     """Versions, device and data type."""
 
     def table(self) -> str:
-        """Metrics as rows; teacher, student and difference as columns."""
+        """Metrics as rows; teacher, student and difference as columns; then a table for each view of the probes."""
         names = [f"student: {self.model}" if self.teacher else f"model: {self.model}"]
         names += [f"teacher: {self.teacher_model}"] if self.teacher else []
-        return "\n".join(names) + "\n\n" + side_by_side(self.student, self.teacher)
+        measured = {"student" if self.teacher else "model": self.student}
+        measured |= {"teacher": self.teacher} if self.teacher else {}
+        views, missing = probe_views(measured, trusted=False)
+        parts = ["\n".join(names), side_by_side(self.student, self.teacher), *map(as_text, views), *missing]
+        return "\n\n".join(parts)
 
     def to_json(self, path: str | Path) -> None:
         """Write the report; folders are created."""

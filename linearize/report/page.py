@@ -5,20 +5,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from linearize import __version__
 from linearize.errors import UserError, disk_full
 from linearize.evals.measure import Measurement
-from linearize.evals.probes.base import Probe
+from linearize.evals.probe_views import probe_views
 from linearize.evals.standard_views import standard_views
 from linearize.evals.table import union
 from linearize.evals.views import Bars, HeatMap, Lines, Table, View
-from linearize.registry import find
 from linearize.report import html
 from linearize.report.figures import Style, is_picture, png, svg
 from linearize.report.sources import Source, Sources, read_sources
@@ -126,25 +123,6 @@ def measured(models: Sequence[Source]) -> dict[str, Measurement]:
         if points:
             found[model.name] = list(points.values())[-1]
     return found
-
-
-def probe_views(measurements: Mapping[str, Measurement], *, trusted: bool) -> tuple[list[View], list[str]]:
-    """The views of all probes, and why some have none: a checkpoint cannot make a report import code."""
-    grouped: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for name, measurement in measurements.items():
-        for probe in measurement.probes:
-            settings = {key: value for key, value in probe["probe"].items() if key != "type"}
-            grouped.setdefault((probe["probe"]["type"], json.dumps(settings)), {})[name] = probe["result"]
-    views: list[View] = []
-    missing = []
-    for (key, _), results in grouped.items():
-        try:
-            found = find("evals.probes", key, Probe, trusted=trusted)
-        except UserError as error:
-            missing.append(f"the probe {key} was measured, but cannot be shown: {error}")
-            continue
-        views += found.views(results)
-    return views, union(missing)
 
 
 def _quality(measurements: Mapping[str, Measurement], gallery: Gallery, prefix: str, trusted: bool) -> str:
