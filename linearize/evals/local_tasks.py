@@ -162,7 +162,7 @@ def _metrics_of(task: dict[str, Any]) -> list[str]:
 
 def _task(path: Path) -> dict[str, Any]:
     """The harness's task file for one file of questions."""
-    rows = _rows(path)
+    rows = read_rows(path)
     kind = next((kind for kind in KINDS.values() if set(kind.fields) <= rows[0].keys()), None)
     if kind is None:
         known = "; ".join(", ".join(kind.fields) for kind in KINDS.values())
@@ -184,7 +184,12 @@ def _task(path: Path) -> dict[str, Any]:
     return task | _overrides(path.with_suffix(".yaml"), task)
 
 
-def _rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """The questions of a JSONL file, an object a line.
+
+    Raises:
+        UserError: for a line that is none, and an empty file.
+    """
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

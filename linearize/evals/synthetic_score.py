@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +21,21 @@ from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
 from linearize.evals.synthetic_items import Item
 from linearize.evals.text import evaluating
+
+
+class Prompted(Protocol):
+    """What has a prompt and continuations to score."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The prompt."""
+
+    @property
+    def candidates(self) -> list[list[int]]:
+        """Its continuations."""
+
+
+P = TypeVar("P", bound=Prompted)
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,7 @@ class Score:
 def score(subject: Subject, items: Sequence[Item]) -> Score:
     """Ask all `items`; batches of `subject.batch_size` change speed and memory, not the result."""
     generated, right, nats, tokens = [], 0, 0.0, 0
-    for batch in _batches(items, subject.batch_size):
+    for batch in batches_of(items, subject.batch_size):
         texts = _continue(subject, batch)
         generated += [matched(text, item.references) for text, item in zip(texts, batch, strict=True)]
         for item, found in zip(batch, log_likelihoods(subject.model, batch), strict=True):
@@ -75,7 +90,7 @@ def _whole(reference: str) -> re.Pattern[str]:
 
 
 @torch.no_grad()
-def log_likelihoods(model: Any, items: Sequence[Item]) -> list[list[float]]:
+def log_likelihoods(model: Any, items: Sequence[Prompted]) -> list[list[float]]:
     """log p(candidate | prompt) in nats, summed over the candidate's tokens, for each candidate of each item.
 
     The prompts, all of one length, are read once; every candidate goes on from a copy of the cache. Shorter candidates
@@ -110,12 +125,12 @@ def _continue(subject: Subject, items: Sequence[Item]) -> list[str]:
     return [subject.tokenizer.decode(ids, skip_special_tokens=True) for ids in cut]
 
 
-def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+def batches_of(items: Sequence[P], size: int) -> Iterator[list[P]]:
     """Prompts of equal length, at most `size` together."""
     for _, group in groupby(sorted(items, key=_length), key=_length):
         same = list(group)
         yield from (same[i : i + size] for i in range(0, len(same), size))
 
 
-def _length(item: Item) -> int:
+def _length(item: Prompted) -> int:
     return len(item.input_ids)
