@@ -38,7 +38,8 @@ def probes(text: str) -> list[str | dict[str, Any]]:
             found.append(part)
             continue
         settings = [setting.partition("=") for setting in _split(rest.removesuffix(")"))]
-        if not rest.endswith(")") or not all(equals for _, equals, _ in settings):
+        keys = [key.strip() for key, _, _ in settings]
+        if not rest.endswith(")") or not all(equals for _, equals, _ in settings) or "type" in keys:
             raise argparse.ArgumentTypeError(f"{part!r} is not a probe; write name or name(key=value, key=value)")
         try:
             found.append({"type": name.strip(), **{key.strip(): yaml.safe_load(value) for key, _, value in settings}})

@@ -7,6 +7,8 @@ of facts, and tasks of the lm-evaluation-harness.
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 
 from linearize.cli._arguments import add_trust, from_zero, names, numbers, positive, positive_or_auto, probes
 
@@ -33,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recall-items", type=positive, metavar="N", help="questions per recall case")
     parser.add_argument("--no-branches", dest="branches", action="store_false", help="do not switch branches off")
     parser.add_argument(
+        "--no-divergence",
+        dest="divergence",
+        action="store_false",
+        help="do not compare predictions with the teacher's, which holds both models in memory",
+    )
+    parser.add_argument(
         "--probes",
         type=probes,
         metavar="A,B",
@@ -55,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = vars(arguments)
     if options.get("teacher") == "none":
         options["teacher"] = False
-    print(evaluate(options.pop("path"), **options).table())
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    print(evaluate(options.pop("path"), **options, say=lambda what: say(f"measuring {what}")).table())
     if "output" in options:
         print(f"\nreport written to {options['output']}")

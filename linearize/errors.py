@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -61,3 +62,25 @@ def _is_disk_full(error: BaseException) -> bool:
 
 def _existing(folder: Path) -> Path:
     return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path.cwd())
+
+
+def check_target(path: str | Path) -> None:
+    """Raise a UserError, before any work, if no file can be written at `path`; folders are made."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; give another place") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written, for lack of permission; give another place")
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file as UTF-8, all of it or nothing: what stood there stays until the new one is complete."""
+    path = Path(path).expanduser()
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_full(path.parent):
+        partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,14 @@ from pydantic import ValidationError
 
 import linearize
 from linearize.data import DataConfig
-from linearize.errors import UserError, disk_full
+from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.config import EvalConfig
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, eval_tokens, measure
 from linearize.evals.probe_views import as_text, probe_views
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
+from linearize.evals.task_groups import GROUPS
 from linearize.hf.load import hub_file, load
 from linearize.model_names import resolve_model
 from linearize.schema import user_error
@@ -62,15 +63,13 @@ class Report:
 
     def to_json(self, path: str | Path) -> None:
         """Write the report; folders are created."""
-        path = Path(path)
-        with disk_full(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+        check_target(path)
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Report:
         """Read what `to_json` wrote."""
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
         teacher = values["teacher"]
         return cls(
             **{
@@ -93,6 +92,7 @@ def evaluate(
     recall: bool | Sequence[tuple[int, int]] = True,
     recall_items: int = 32,
     branches: bool = True,
+    divergence: bool = True,
     probes: Sequence[str | Mapping[str, Any]] = (),
     sample_prompt: str | None = None,
     include_path: str | Path | None = None,
@@ -104,6 +104,7 @@ def evaluate(
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    say: Callable[[str], Any] = lambda text: None,
 ) -> Report:
     """Measure a checkpoint, and the model it was converted from with the same text and questions.
 
@@ -118,6 +119,7 @@ def evaluate(
         recall: cases [(facts, tokens in between)], True for the usual ones, False for none.
         recall_items: questions per case.
         branches: also take the losses with each branch of the mixers off.
+        divergence: also compare predictions with the teacher's, for which both models are in memory at once.
         probes: further measurements: names of probes, or their `type` and settings (docs/recipes.md, "Probes").
         sample_prompt: a prompt to continue greedily.
         include_path: folder with lm-eval task files of your own.
@@ -130,11 +132,16 @@ def evaluate(
         dtype: data type of the weights, such as float32; "auto" is the checkpoint's.
         device: where to run. Default: a GPU if there is one.
         trust_remote_code: import mixers of your own that the checkpoint names as `module:Class`; see `linearize.load`.
+        say: receives what is being measured, a line each.
 
     Raises:
         UserError: when a model, text or task cannot be read, or a setting does not fit.
     """
     name = str(path)
+    if output is not None:
+        check_target(output)
+    if sample_prompt == "":
+        raise UserError("sample_prompt is empty; give a text to continue, or none")
     recipe = _recipe(name)
     if teacher is None or teacher is True:
         source = recipe.get("model", {}).get("name")
@@ -153,6 +160,7 @@ def evaluate(
         recall=recall if isinstance(recall, bool) else list(recall),
         recall_items=recall_items,
         branches=branches,
+        divergence=divergence,
         probes=list(probes),
         tasks=list(tasks),
         num_fewshot=num_fewshot,
@@ -174,20 +182,24 @@ def evaluate(
         return model, tokenizer
 
     with local_tasks(tasks_from) as (folders, local):
+        if ours := sorted(set(local) & GROUPS.keys()):
+            raise UserError(f"{tasks_from}: {ours[0]!r} is the name of a group of the hub's tasks; give it another")
         config = config.model_copy(update={"tasks": config.tasks or local})
         paths = [*folders, *([] if include_path is None else [include_path])]
-        take = partial(measure, config=config, token_ids=token_ids, seq_len=config.lengths[0], include_path=paths)
+        told_length = config.lengths[0] if data is None else data.seq_len
+        take = partial(measure, config=config, token_ids=token_ids, seq_len=told_length, include_path=paths)
         teacher_measurement = None
-        if teacher and any(probe_of(settings).needs_teacher for settings in config.probes):  # both in memory
+        both = divergence or any(probe_of(settings).needs_teacher for settings in config.probes)
+        if teacher and both:
             other, other_tokenizer = load_teacher()
-            student_measurement = take(model, tokenizer, teacher=other)
+            student_measurement = take(model, tokenizer, teacher=other, say=lambda what: say(f"student: {what}"))
             del model
-            teacher_measurement = take(other, other_tokenizer)
+            teacher_measurement = take(other, other_tokenizer, say=lambda what: say(f"teacher: {what}"))
         else:
-            student_measurement = take(model, tokenizer)
+            student_measurement = take(model, tokenizer, say=lambda what: say(f"student: {what}" if teacher else what))
             del model
             if teacher:
-                teacher_measurement = take(*load_teacher())
+                teacher_measurement = take(*load_teacher(), say=lambda what: say(f"teacher: {what}"))
     report = Report(
         model=name,
         student=student_measurement,

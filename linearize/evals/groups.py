@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -13,9 +13,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def ungrouped(probes: Iterable[Any]) -> list[Any]:
-    """`probes` with each name of a group replaced by those of its probes; a probe that comes twice is asked once."""
+    """`probes` with each group, a name or its `type` and settings, replaced by its probes with those settings; a probe
+    that comes twice is asked once.
+    """
     found: list[Any] = []
     for probe in probes:
-        members = GROUPS.get(probe, ()) if isinstance(probe, str) else ()
-        found += [member for member in members or [probe] if member not in found]
+        key = probe.get("type") if isinstance(probe, Mapping) else probe
+        members: list[Any] = [probe]
+        if isinstance(key, str) and key in GROUPS:
+            names = GROUPS[key]
+            members = list(names) if isinstance(probe, str) else [{**probe, "type": name} for name in names]
+        found += [member for member in members if member not in found]
     return found

@@ -61,16 +61,22 @@ def lm_eval_tasks(
         ) from error
     names = expand(tasks)
     manager = _task_manager(names, include_path)
-    with evaluating(model):
-        found = simple_evaluate(
-            model=in_memory(model, tokenizer, batch_size),
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            bootstrap_iters=1000,
-            log_samples=True,
-        )
+    try:
+        with evaluating(model):
+            found = simple_evaluate(
+                model=in_memory(model, tokenizer, batch_size),
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=1000,
+                log_samples=True,
+            )
+    except ConnectionError as error:
+        raise UserError(
+            f"the questions of {', '.join(names)} could not be fetched: {error}; check the network and HF_HUB_OFFLINE, "
+            "or ask questions of your own with --tasks-from"
+        ) from error
     return _read(found, tasks)
 
 

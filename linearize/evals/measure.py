@@ -124,6 +124,7 @@ def measure(
     include_path: str | Path | Sequence[str | Path] | None = None,
     has_teacher: bool = False,
     teacher: Any = None,
+    say: Callable[[str], Any] = lambda text: None,
 ) -> Measurement:
     """Take the measurements that `config` asks for.
 
@@ -134,6 +135,7 @@ def measure(
         include_path: folders with lm-eval task files.
         has_teacher: whether `linearize.swap.teacher_path` makes the source model of it, to be compared with.
         teacher: the source model, where it is another one in memory.
+        say: receives the name of each measurement before it is taken.
     """
     lengths = list(config.lengths) or [seq_len]
     scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.rows}
@@ -141,12 +143,17 @@ def measure(
     family = known_family(model.config)
     if family is not None and not family.causal:
         return _measure_encoder(result, model, config, token_ids, lengths, scoring)
+    say("losses")
     result.losses = [loss_on_text(model, token_ids, length=length, **scoring) for length in lengths]
-    if has_teacher and config.divergence and any(not layer.teacher for layer in swapped(model).values()):
-        result.divergence = [divergence_on_text(model, token_ids, length=length, **scoring) for length in lengths]
+    source = _source_of(model, has_teacher, teacher)
+    if source is not None and config.divergence:
+        say("divergence from the teacher")
+        result.divergence = [divergence_on_text(model, source, token_ids, length=n, **scoring) for n in lengths]
     if config.branches:
+        say("branches")
         result.branches = branch_losses(model, token_ids, lengths=lengths, **scoring)
     if config.recall:
+        say("recall")
         cases = CASES if config.recall is True else config.recall
         result.recall = recall(
             model,
@@ -162,6 +169,7 @@ def measure(
             if r.skipped
         ]
     if config.tasks:
+        say(f"tasks {', '.join(config.tasks)}")
         found = lm_eval_tasks(
             model,
             tokenizer,
@@ -179,9 +187,9 @@ def measure(
             text=token_ids,
             seq_len=seq_len,
             batch_size=config.rows,
-            teacher=_source_of(model, has_teacher, teacher),
+            teacher=source,
         )
-        result.probes = _probed(subject, config.probes, result.notes)
+        result.probes = _probed(subject, config.probes, result.notes, say)
     if config.sample_prompt is not None:
         result.prompt = config.sample_prompt
         result.sample = continuation(model, tokenizer, config.sample_prompt, config.sample_tokens)
@@ -201,13 +209,16 @@ def _as_teacher(model: Any) -> Iterator[Any]:
         yield model
 
 
-def _probed(subject: Subject, settings: list[dict[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
+def _probed(
+    subject: Subject, settings: list[dict[str, Any]], notes: list[str], say: Callable[[str], Any]
+) -> list[dict[str, Any]]:
     found = []
     mixers = any(not layer.teacher for layer in swapped(subject.model).values())
     for values in settings:
         probe = probe_of(values)
         if (probe.needs_teacher and subject.teacher is None) or (probe.needs_mixers and not mixers):
             continue
+        say(f"probe {values['type']}")
         with evaluating(subject.model):
             result = probe.run(subject)
         notes += [f"{values['type']}: {note}" for note in result.get("notes", [])]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from linearize.evals.recall import RecallItem, make_prompt
 from linearize.evals.statistics import wilson
@@ -78,7 +79,10 @@ def recall(
 
 
 def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], *, tokens: int, pad: int) -> list[list[int]]:
-    """Greedy continuations of `tokens` tokens each; prompts of different lengths are padded on the left."""
+    """Greedy continuations of `tokens` tokens each; prompts of different lengths are padded on the left.
+
+    Penalties and the like of the checkpoint's generation_config.json do not count: the model is measured, not they.
+    """
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad)
@@ -91,12 +95,15 @@ def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], *, tokens: i
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,  # some checkpoints' generation_config.json says no
             pad_token_id=pad,
+            generation_config=GenerationConfig(do_sample=False, use_cache=True, eos_token_id=_ends(model)),
         )
     return output[:, width:].tolist()
+
+
+def _ends(model: Any) -> Any:
+    """The tokens that end a text, as the model's own configuration says."""
+    return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import UserError, disk_full
+from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.measure import Measurement
 from linearize.evals.table import NOTHING, case_name, grid, number, percent, union
 
@@ -84,9 +84,19 @@ def to_json(folders: Sequence[str | Path], path: str | Path) -> None:
 def write_json(found: Sequence[Conversion], path: str | Path) -> None:
     """As `to_json`, of what was read already."""
     data = [{"name": c.name, **c.facts, "points": {name: m.to_dict() for name, m in c.points.items()}} for c in found]
-    with disk_full(Path(path).parent):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+    check_target(path)
+    if Path(path).is_file() and not _is_ours(Path(path)):
+        raise UserError(f"{path} is there already and holds something else; give another name")
+    write_whole(path, json.dumps(data, indent=1) + "\n")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is what `write_json` wrote."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(values, list) and all(isinstance(v, dict) and {"name", "points"} <= v.keys() for v in values)
 
 
 def _row(

@@ -65,8 +65,10 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
     rows = [
         row(f"loss {length}", [m.loss(length) for m in columns]) for length in union(p.length for p in student.losses)
     ]
+    nothing: list[float | None] = [None] * (len(columns) - 1)
+    for distance in student.divergence:
+        rows.append(row(f"KL to the teacher {distance.length}", [*nothing, distance.kl]))
     for found in student.agreement:
-        nothing: list[float | None] = [None] * (len(columns) - 1)
         rows.append(row(f"embeddings agree {found.length}", [*nothing, found.embedding]))
         rows.append(row(f"tokens agree {found.length}", [*nothing, found.token]))
     for point in student.losses:
@@ -80,8 +82,9 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
         for metric in student.main_metrics(task):
             rows.append(row(f"{task} {metric}", [m.tasks.get(task, {}).get(metric) for m in columns]))
     for loss in student.branches:
-        values = [m.loss(loss.length) for m in columns[:-1]] + [loss.loss]
-        rows.append(row(f"loss {loss.length}, {loss.branch} off", values))
+        rows.append(row(f"loss {loss.length}, {loss.branch} off", [*nothing, loss.loss]))
+        rise = _minus(loss.loss, student.loss(loss.length))
+        rows.append(row(f"loss {loss.length}, rise by {loss.branch} off", [*nothing, rise]))
     points = [("teacher", teacher), ("student", student)] if teacher else [("model", student)]
     named = [(name, m) for name, m in points if m is not None]
     compared = compare(student, teacher) if teacher else {}

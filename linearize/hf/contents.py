@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from linearize.errors import UserError
-from linearize.hf.folder import ADAPTER, INDEX, check_folder, check_weights, is_bundled, weight_files
+from linearize.hf.folder import ADAPTER, INDEX, SINGLE, check_folder, check_weights, is_bundled, is_of, weight_files
 
 ALLOWED = (
     "README.md",
@@ -44,6 +44,8 @@ ALLOWED = (
 )
 """Patterns of names at the top of a checkpoint, beside its weights and its own code."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+"""Names of the parts of large checkpoints."""
 REPORT = {"model", "student", "teacher", "settings", "environment"}
 """Keys of what `linearize evaluate --output` writes."""
 TEXT_LIMIT = 64 * 2**20
@@ -84,7 +86,7 @@ def contents(folder: Path, *, adapter_only: bool = False, secrets: Iterable[str]
             raise UserError(f"{folder / INDEX} names {name!r}, which is no safetensors file beside it; export it again")
         check_weights(folder / name)
     top = {path.name: path for path in sorted(folder.iterdir())}
-    reports = [path for path in top.values() if _is_report(path)]
+    reports = [path for path in top.values() if _is_report(path, folder)]
     adapter = {name: folder / ADAPTER / name for name in ADAPTER_FILES if (folder / ADAPTER / name).is_file()}
     if adapter_only:
         if len(adapter) < len(ADAPTER_FILES):
@@ -105,8 +107,9 @@ def contents(folder: Path, *, adapter_only: bool = False, secrets: Iterable[str]
 
 def is_weights(path: str) -> bool:
     """Whether a file of a repository is what an earlier push of a checkpoint or an adapter may have left there."""
-    name = path.removeprefix(f"{ADAPTER}/")
-    return any(fnmatch(name, pattern) for pattern in ("model*.safetensors", INDEX, *ADAPTER_FILES))
+    if path in (SINGLE, INDEX) or SHARD.fullmatch(path):
+        return True
+    return path.removeprefix(f"{ADAPTER}/") in ADAPTER_FILES
 
 
 def _is_wanted(path: Path) -> bool:
@@ -117,10 +120,12 @@ def _is_wanted(path: Path) -> bool:
     return any(fnmatch(path.name, pattern) for pattern in ALLOWED)
 
 
-def _is_report(path: Path) -> bool:
+def _is_report(path: Path, folder: Path) -> bool:
+    """Whether a file is what `linearize evaluate` wrote on the model in `folder`, not on another one."""
     if path.suffix != ".json" or not path.is_file() or path.name.startswith(".") or _is_wanted(path):
         return False
-    return path.stat().st_size <= TEXT_LIMIT and _json(path).keys() >= REPORT
+    found = _json(path) if path.stat().st_size <= TEXT_LIMIT else {}
+    return found.keys() >= REPORT and is_of(found, folder)
 
 
 def _json(path: Path) -> dict:

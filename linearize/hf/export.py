@@ -96,6 +96,9 @@ def _write(model: Any, tokenizer: Any, folder: Path, max_shard_size: str, extra_
         tokenizer.save_pretrained(folder)
     for name, text in extra_files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    mode = (folder / "config.json").stat().st_mode  # safetensors lets the owner alone read what it writes
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _check_written(model: Any, folder: Path) -> None:

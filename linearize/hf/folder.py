@@ -6,7 +6,9 @@ Loading, merging and pushing all begin here, so a folder that is no finished che
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -56,3 +58,10 @@ def is_bundled(path: Path) -> bool:
     """Whether a Python file was written by an export, as its first line says."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.readline().startswith(("# Written by linearize ", "# Copied from "))
+
+
+def is_of(report: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a report of `linearize evaluate` is about the model in `folder`, by the name that was evaluated; folders
+    may have been moved since.
+    """
+    return Path(str(report.get("model", ""))).name == folder.resolve().name

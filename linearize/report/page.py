@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from linearize import __version__
-from linearize.errors import UserError, disk_full
+from linearize.errors import UserError, check_target, disk_full
 from linearize.evals.measure import Measurement
 from linearize.evals.probe_views import probe_views
 from linearize.evals.standard_views import standard_views
@@ -40,6 +40,9 @@ def write_page(
         UserError: for paths that hold nothing to report, or a page that cannot be written.
     """
     page = Path(page)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{page} is no name of a page; give one that ends with .html")
+    check_target(page)
     folder = page.with_suffix("")
     if folder == page or (folder / "run").is_dir() or (folder / "config.json").is_file():
         raise UserError(

@@ -16,6 +16,7 @@ from linearize.errors import UserError
 from linearize.evals.evaluate import Report
 from linearize.evals.measure import Measurement
 from linearize.evals.report import Conversion, read_conversion
+from linearize.hf.folder import is_of
 
 LARGEST_JSON = 8 * 2**20
 """Bytes of a JSON file that is looked into when it lies in a folder; tokenizers can be larger."""
@@ -116,7 +117,8 @@ def _read_folder(folder: Path, name: str, found: Sources) -> None:
     )
     for path in sorted([*folder.glob("*.json"), *run.glob("*.json")]):
         if path.stat().st_size <= LARGEST_JSON and _kind(values := _read_json(path)) in ("evaluate", "bench"):
-            _read_file(path, values, name, found)
+            own = _kind(values) == "bench" or is_of(values, folder)
+            _read_file(path, values, name if own else None, found)
 
 
 def _kind(values: Any) -> str | None:

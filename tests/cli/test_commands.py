@@ -110,6 +110,7 @@ def test_evaluate_leaves_defaults_to_the_function(monkeypatch: pytest.MonkeyPatc
             return ""
 
     def record(path: str, **options: Any) -> Nothing:
+        options.pop("say")("this")
         calls.append((path, options))
         return Nothing()
 

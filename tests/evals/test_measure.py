@@ -109,8 +109,11 @@ def test_side_by_side_shows_the_difference_then_the_branches(measured):
     lines = side_by_side(measured, shifted(measured, -0.25)).split("\n\n")[0].splitlines()
     assert cells(lines[0]) == ["", "teacher", "student", "difference"]
     assert cells(lines[2])[0] == "loss 50" and cells(lines[2])[3] == "+0.250"
-    assert [cells(line)[0] for line in lines[-2:]] == ["loss 50, window off", "loss 100, window off"]
-    assert cells(lines[-1])[1] == f"{measured.loss(100) - 0.25:.3f}"
+    names = [f"loss {n}, {what}" for n in (50, 100) for what in ("window off", "rise by window off")]
+    assert [cells(line)[0] for line in lines[-4:]] == names
+    off = measured.branch_loss("window", 100)
+    assert cells(lines[-2])[1:] == ["–", f"{off:.3f}", "–"], "the teacher has no such branch"
+    assert cells(lines[-1])[2] == f"{off - measured.loss(100):.3f}"
     alone = side_by_side(measured, None).splitlines()
     assert cells(alone[0]) == ["", "model"]
     assert cells(alone[-1])[0].startswith("Note") or len(cells(alone[2])) == 2

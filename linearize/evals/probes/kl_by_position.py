@@ -33,9 +33,9 @@ class KLByPosition(Probe):
     needs_teacher = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """`{"length", "buckets": [{"first", "end", "kl", "same"}]}` for positions first <= p < end."""
+        """`{"length", "buckets": [{"first", "end", "kl", "same"}], "notes"}` for positions first <= p < end."""
         assert subject.teacher is not None
-        length = self.config.length or min(2 * subject.seq_len, len(subject.text))
+        length, notes = subject.fitting(self.config.length or 2 * subject.seq_len)
         starts = spread_windows(len(subject.text), length, self.config.windows)
         kl, same = torch.zeros(length - 1, dtype=torch.float64), torch.zeros(length - 1, dtype=torch.float64)
         for first in range(0, len(starts), subject.batch_size):
@@ -58,7 +58,7 @@ class KLByPosition(Probe):
             }
             for a, b in pairwise(doubling_edges(length))
         ]
-        return {"length": length, "buckets": buckets}
+        return {"length": length, "buckets": buckets, "notes": notes}
 
     @classmethod
     def views(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:

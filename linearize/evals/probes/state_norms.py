@@ -24,6 +24,9 @@ from linearize.evals.views import Lines, View
 from linearize.hf.cache import state_layer
 from linearize.swap import swapped
 
+FAR = 1.5
+"""How many times as long the text is at the end as where its growth is taken from, at least."""
+
 
 class StateNormsConfig(ProbeConfig):
     """Settings."""
@@ -78,9 +81,10 @@ class StateNorms(Probe):
     @staticmethod
     def _layer(layer: int, points: list[int], rms: torch.Tensor, ranks: torch.Tensor, full: float) -> dict[str, Any]:
         values = [float(value) if value.isfinite() else None for value in rms]
-        last, growth = values[-2:], None
-        if len(last) == 2 and all(last):
-            growth = math.log(last[1] / last[0]) / math.log(points[-1] / points[-2])  # type: ignore[operator]
+        growth, last = None, values[-1]
+        before = [at for at, n in enumerate(points) if FAR * n <= points[-1]]  # the last two may be one token apart
+        if before and last and (first := values[before[-1]]):
+            growth = math.log(last / first) / math.log(points[-1] / points[before[-1]])
         return {
             "layer": layer,
             "points": [{"tokens": n, "rms": value} for n, value in zip(points, values, strict=True)],
