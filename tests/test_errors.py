@@ -1,10 +1,11 @@
-"""Messages for users: suggestions, and a full disk."""
+"""Messages for users: suggestions, a full disk, and places that cannot be written."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
-from linearize.errors import UserError, did_you_mean, disk_full
+from linearize.errors import UserError, check_target, did_you_mean, disk_full, write_whole
 
 
 def test_did_you_mean_names_the_closest_and_lists_all():
@@ -58,3 +59,26 @@ def test_disk_full_lets_other_errors_pass(tmp_path):
 def test_disk_full_finds_the_cause_of_a_wrapped_error(tmp_path):
     with pytest.raises(UserError, match="no space left"), disk_full(tmp_path):
         raise RuntimeError("could not build") from OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_targets_are_checked_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a folder"):
+        check_target(tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        check_target(tmp_path / "file" / "report.json")
+    check_target(tmp_path / "new" / "report.json")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    write_whole(path, "äöü")
+    assert path.read_bytes() == "äöü".encode()
+
+    def broken(self: Path, *args: object, **options: object) -> int:
+        raise UnicodeEncodeError("ascii", "ä", 0, 1, "ordinal not in range")
+
+    monkeypatch.setattr(Path, "write_text", broken)
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "new")
+    assert path.read_bytes() == "äöü".encode()

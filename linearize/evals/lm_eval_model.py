@@ -7,6 +7,7 @@ harness's own `lm_eval` with one more model type; from Python an import of this 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,7 +146,7 @@ def _most_tokens(model: Any) -> int:
 def in_memory(model: Any, tokenizer: Any, batch_size: int | str) -> LinearizeLM:
     """The harness's view of a model that is loaded already; its weights and training mode stay as they are."""
     with evaluating(model):
-        return LinearizeLM(model, tokenizer=tokenizer, batch_size=batch_size)
+        return LinearizeLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # it gets a padding token
 
 
 if __name__ == "__main__":

@@ -191,7 +191,13 @@ def read_rows(path: Path) -> list[Row]:
         UserError: for a line that is none, and an empty file.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; delete it or fill it with questions, one JSON object a line")
+    for number, line in enumerate(text.rstrip().split("\n"), 1):  # a line of JSON may hold other line separators
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -199,8 +205,6 @@ def read_rows(path: Path) -> list[Row]:
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number} must be an object with fields, got {row!r}")
         rows.append(row)
-    if not rows:
-        raise UserError(f"{path} is empty; delete it or fill it with questions, one JSON object a line")
     return rows
 
 

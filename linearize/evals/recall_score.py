@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,20 +91,30 @@ def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], *, tokens: i
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with evaluating(model):
+    with evaluating(model), _own_settings_only(model):
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
             pad_token_id=pad,
-            generation_config=GenerationConfig(do_sample=False, use_cache=True, eos_token_id=_ends(model)),
         )
     return output[:, width:].tolist()
 
 
-def _ends(model: Any) -> Any:
-    """The tokens that end a text, as the model's own configuration says."""
-    return getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+@contextmanager
+def _own_settings_only(model: Any) -> Iterator[None]:
+    """Of the model's generation_config, which `generate` falls back to for all that is not given, the end alone."""
+    found = getattr(model, "generation_config", None)
+    if found is not None:
+        model.generation_config = GenerationConfig(eos_token_id=found.eos_token_id)
+    try:
+        yield
+    finally:
+        if found is not None:
+            model.generation_config = found
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -52,14 +52,15 @@ class BranchLoss:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training mode comes back afterwards if the model was in it."""
-    was_training = model.training
+    """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def spread_windows(tokens: int, length: int, windows: int | None) -> list[int]:

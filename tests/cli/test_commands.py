@@ -260,7 +260,7 @@ def test_probes_with_settings(text: str, expected: list) -> None:
     assert probes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["mqar(8)", "mqar(pairs=8", "mqar(pairs=[)"])
+@pytest.mark.parametrize("text", ["mqar(8)", "mqar(pairs=8", "mqar(pairs=[)", "passkey(type=facts)"])
 def test_probes_that_cannot_be_read(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="write name|not YAML"):
         probes(text)

@@ -108,3 +108,12 @@ def test_padded_batch_decodes_what_each_prompt_gives_alone(converted, teacher):
             assert generate_greedily(model, PROMPTS, tokens=12, pad=1) == expected
     else:
         assert generate_greedily(model, PROMPTS, tokens=12, pad=1) == expected
+
+
+def test_penalties_of_the_checkpoint_do_not_count(pico_model):
+    model = pico_model()
+    plain = generate_greedily(model, PROMPTS, tokens=12, pad=1)
+    assert any(len(set(row)) < len(row) for row in plain), "something is repeated, which a penalty would change"
+    model.generation_config.repetition_penalty = 1e6
+    model.generation_config.suppress_tokens = [plain[0][0]]
+    assert generate_greedily(model, PROMPTS, tokens=12, pad=1) == plain

@@ -66,6 +66,13 @@ def ids() -> torch.Tensor:
     return torch.randint(2, 97, (2, 25), generator=torch.Generator().manual_seed(2))
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(converted, pico_tokenizer, tmp_path):
+    out = export(converted("lolcats"), pico_tokenizer, tmp_path / "out", max_shard_size="20KB")
+    shards = list(out.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert {path.stat().st_mode for path in shards} == {(out / "config.json").stat().st_mode}
+
+
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(ids()).logits

@@ -22,7 +22,7 @@ from linearize.cli.main import main
 from linearize.errors import UserError
 from linearize.evals.evaluate import Report
 from linearize.evals.measure import Measurement
-from linearize.hf.contents import contents
+from linearize.hf.contents import contents, is_weights
 from linearize.hf.export import export, export_adapter
 
 CLI = "import sys; from linearize.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -295,6 +295,8 @@ def test_a_report_beside_the_checkpoint_goes_along_and_into_the_card(folder: Pat
     assert "copa.json" in said[0].partition("not sent")[0] and "notes.json" in said[0].partition("not sent")[2]
     card = hub_module._card(contents(folder), "ada/student", None, online=False)
     assert card is not None
+    Report("demo", student, None, None, {}, {}).to_json(folder / "base.json")
+    assert "base.json" in contents(folder).left_out, "it is about another model"
     (result,) = ModelCard(card.decode()).data.eval_results or []
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("copa", "acc", 0.75)
 
@@ -347,3 +349,21 @@ def test_convert_refuses_before_training(
     assert main([*line, "student"]) == 2 and "is no name of a repository" in capsys.readouterr().err
     assert "does not know the token" in linearize(*line, "ada/student", code=2, token="hf_" + "wrong" * 8)
     assert not (tmp_path / "out").exists() and not server.repos
+
+
+@pytest.mark.parametrize(
+    ("path", "ours"),
+    [
+        ("model.safetensors", True),
+        ("model-00002-of-00003.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("adapter/adapter_model.safetensors", True),
+        ("adapter_model.safetensors", True),
+        ("model_ema.safetensors", False),
+        ("models/backup/weights.safetensors", False),
+        ("modelfiles/optimizer.safetensors", False),
+        ("adapter/other/adapter_model.safetensors", False),
+    ],
+)
+def test_only_what_a_push_left_may_be_deleted(path: str, ours: bool) -> None:
+    assert is_weights(path) == ours

@@ -112,6 +112,8 @@ class OptionPermutation(Probe):
         for number, row in enumerate(read_rows(path)[: self.config.items], 1):
             missing = [field for field in kind.fields if field not in row]
             reason = f"{', '.join(missing)} missing" if missing else kind.wrong(row)
+            if reason is None and not isinstance(row["query"], str):
+                reason = f"query must be a text, got {row['query']!r}"
             if reason is None and len(row["choices"]) > len(LETTERS):
                 reason = f"at most {len(LETTERS)} options can be lettered, got {len(row['choices'])}"
             if reason is None and found and len(row["choices"]) != len(found[0].choices):

@@ -27,7 +27,7 @@ def student(converted: Callable[..., Any]) -> Any:
     return converted("gdn", "LSL")
 
 
-SMALL = {"windows": 5, "prompts": 5, "tokens": 12}
+SMALL = {"windows": 5, "prompts": 5, "tokens": 12, "lengths": [512], "items": 5, "depths": [0.5]}
 """Settings by which probes are quick, where they have them; five rows are a batch of four and a rest."""
 
 
@@ -51,6 +51,7 @@ def test_a_probe_gives_plain_data_and_views_of_it(key: str, student: Any, pico_t
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     (found,) = run(key, student, pico_tokenizer)
     assert found["probe"]["type"] == key
+    assert numbers(found["result"]), "nothing was measured"
     again = json.loads(json.dumps(found["result"], allow_nan=False))
     assert all(math.isfinite(n) for n in numbers(again))
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())

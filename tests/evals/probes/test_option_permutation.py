@@ -78,6 +78,7 @@ def test_letters_are_scored_as_the_model_scores_them(asked: Any, pico_model: Any
     [
         ({"query": "q", "choices": ["a", "b"]}, "line 1: gold missing"),
         ({"query": "q", "choices": ["a", "b"], "gold": 2}, "line 1: gold must be the number of an option"),
+        ({"query": 5, "choices": ["a", "b"], "gold": 1}, "query must be a text, got 5"),
         ({"query": "q", "choices": list("abcdefghijk"), "gold": 0}, "at most 10 options"),
     ],
 )

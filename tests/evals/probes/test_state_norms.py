@@ -53,6 +53,13 @@ def test_a_sum_grows_and_is_named_and_a_decaying_state_is_not(converted: Callabl
     assert not any("grows" in note for note in decaying["notes"])
 
 
+def test_growth_is_not_taken_from_neighbouring_tokens(converted: Callable[..., Any]) -> None:
+    """257 tokens are one more than the last doubling, over which any noise would be an enormous power."""
+    student = converted("gdn", "LS")
+    even, odd = (run_probe({**PROBE, "times": 1}, student, seq_len=n)["layers"][0]["growth"] for n in (256, 257))
+    assert odd == pytest.approx(even, abs=0.2)
+
+
 def test_a_state_that_is_not_finite_is_named(converted: Callable[..., Any]) -> None:
     model = converted("hedgehog", "LS")
     next(iter(swapped(model).values())).v_proj.weight.data *= 1e38
