@@ -121,7 +121,16 @@ def _compare(pairs: Sequence[tuple[Items, Items]]) -> Comparison:
     return Comparison(counts, mean, *interval_of_mean(parts), alike)
 
 
-HEADER = ["student and teacher", "questions", "difference", "95%", "same choice", "95%", "won/lost/tied", "McNemar p"]
+HEADER = [
+    "student and teacher",
+    "questions",
+    "points",
+    "95%",
+    "same choice",
+    "95%",
+    "won/lost/tied",
+    "McNemar p",
+]
 
 
 def comparison_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:

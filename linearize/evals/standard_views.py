@@ -24,11 +24,11 @@ def standard_views(measurements: Measurements) -> list[View]:
         measurements: name of the model -> what was measured on it, in the order to be shown.
 
     Returns:
-        Losses by length and by position, the cost of each branch switched off, distance from the teacher, recall,
-        tasks, and for encoders agreement with the teacher; of these what any of the models has.
+        Losses by length and by position, the cost of each branch switched off, distance from the teacher, recall, and
+        for encoders agreement with the teacher; of these what any of the models has.
     """
     views = [*_losses(measurements), *_branches(measurements), *_divergences(measurements)]
-    return [*views, *_recall(measurements), *_tasks(measurements), *_agreements(measurements)]
+    return [*views, *_recall(measurements), *_agreements(measurements)]
 
 
 def _curves(measurements: Measurements, points: Callable[[Measurement], Iterable[tuple[float, float]]]) -> dict:
@@ -148,18 +148,6 @@ def _recall(measurements: Measurements) -> list[View]:
             rows=rows,
         ),
     ]
-
-
-def _tasks(measurements: Measurements) -> list[View]:
-    rows: list[list[str | Number]] = []
-    for task in union(task for m in measurements.values() for task in m.tasks):
-        having = [m for m in measurements.values() if task in m.tasks]
-        for metric in union(metric for m in having for metric in m.main_metrics(task)):
-            values = [_finite(m.tasks.get(task, {}).get(metric)) for m in measurements.values()]
-            rows.append([task, metric, *values])
-    if not rows:
-        return []
-    return [Table("Tasks of the lm-evaluation-harness", columns=["task", "metric", *measurements], rows=rows)]
 
 
 def _agreements(measurements: Measurements) -> list[View]:

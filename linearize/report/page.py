@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from linearize import __version__
 from linearize.errors import UserError, check_target, disk_full
+from linearize.evals.items import HEADER, compare, comparison_rows
 from linearize.evals.measure import Measurement
 from linearize.evals.probe_views import probe_views
 from linearize.evals.standard_views import standard_views
@@ -64,13 +66,7 @@ def write_page(
 def render(sources: Sources, *, trust_remote_code: bool = False) -> tuple[str, dict[str, bytes]]:
     """The page, and its pictures by file name."""
     runs = measured(sources.models)
-    reports: dict[str, Measurement] = {}
-    for name, report in sources.evaluations.items():
-        if report.teacher is not None:
-            of = [one.teacher_model for one in sources.evaluations.values() if one.teacher is not None]
-            teacher = "teacher" if len(set(of)) == 1 else f"teacher {Path(report.teacher_model or '').name}"
-            reports.setdefault(teacher, report.teacher)
-        reports[name] = report.student
+    reports = _evaluated(sources)
     named = [m.name for m in sources.models]
     names = union([*named, *sources.evaluations, *sources.benches])
     teachers = [*(name for name in union([*runs, *reports]) if name not in names), "softmax"]
@@ -79,7 +75,7 @@ def render(sources: Sources, *, trust_remote_code: bool = False) -> tuple[str, d
     sections = [
         ("Summary", _summary(models)),
         ("Quality", _quality(runs, gallery, "", trust_remote_code) + _points(models)),
-        ("Evaluation", _quality(reports, gallery, "evaluation", trust_remote_code)),
+        ("Evaluation", _quality(reports, gallery, "evaluation", trust_remote_code) + gallery.show(_answers(sources))),
         ("Training", gallery.show(training_views(models)) + _more(gallery.show(schedule_views(models)))),
         ("Layers", gallery.show(layer_views(models))),
         ("Speed and memory", gallery.show([*cache_views(models), *speed_views(sources.benches)])),
@@ -89,6 +85,36 @@ def render(sources: Sources, *, trust_remote_code: bool = False) -> tuple[str, d
     shown = union([*named, *sources.evaluations]) or names
     title = ", ".join(shown) if len(shown) <= 4 else f"{len(shown)} models side by side"
     return html.document(title, _lead(models), sections, f"linearize {__version__}"), gallery.pictures
+
+
+def _evaluated(sources: Sources) -> dict[str, Measurement]:
+    """What `evaluate` measured, each teacher once for every text and set of questions it was asked."""
+    teachers = {
+        name: (report.teacher_model, json.dumps(report.settings, sort_keys=True))
+        for name, report in sources.evaluations.items()
+        if report.teacher is not None
+    }
+    alone = len(set(teachers.values())) == 1
+    taken: dict[tuple[str | None, str], str] = {}
+    found: dict[str, Measurement] = {}
+    for name, report in sources.evaluations.items():
+        if report.teacher is not None and teachers[name] not in taken:
+            taken[teachers[name]] = "teacher" if alone else f"teacher of {name}"
+            found[taken[teachers[name]]] = report.teacher
+        found[name] = report.student
+    return found
+
+
+def _answers(sources: Sources) -> list[View]:
+    """The answers of each student to the questions of tasks against its teacher's."""
+    views: list[View] = []
+    for name, report in sources.evaluations.items():
+        compared = compare(report.student, report.teacher) if report.teacher is not None else {}
+        if compared:
+            title = f"Answers to the same questions: {name} and its teacher"
+            note = "Differences in percentage points; won: right by the student alone, lost: by the teacher alone."
+            views.append(Table(title, note, columns=HEADER, rows=comparison_rows(compared)))
+    return views
 
 
 class Gallery:

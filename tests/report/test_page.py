@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from linearize.cli.main import main
 from linearize.errors import UserError
-from linearize.report.page import write_page
+from linearize.report.page import _evaluated, write_page
 from linearize.report.sources import read_sources
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -218,3 +218,32 @@ def _browse(page: Path, at: Path, scheme: str) -> tuple[Path, str]:
     told = [event.get("params", {}) for event in events]
     asked = [str(it["url"]) for it in told if it.get("initiator", BROWSER_ITSELF) != BROWSER_ITSELF]
     return picture, "\n".join([*said, *(url for url in asked if not url.startswith(("file:", "data:", "chrome")))])
+
+
+def test_evaluations_on_different_text_keep_their_own_teachers(tmp_path: Path) -> None:
+    files = [evaluation(tmp_path / name, f"runs/{name}") for name in ("a", "b", "c")]
+    for path, text in zip(files, ("novels", "novels", "news"), strict=True):
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({**values, "settings": {"text": text}}))
+    names = list(_evaluated(read_sources(files)))
+    assert names == ["teacher of a", "a", "b", "teacher of c", "c"]
+
+
+def test_answers_stand_beside_the_teachers(tmp_path: Path) -> None:
+    path = evaluation(tmp_path / "e.json", "runs/kda")
+    values = json.loads(path.read_text())
+    for who, right in (("student", "1100"), ("teacher", "1110")):
+        values[who]["items"] = {"piqa": {"metric": "acc", "documents": "same", "right": right, "chosen": "0 1 1 0"}}
+    path.write_text(json.dumps(values))
+    page, _ = write_page([path], tmp_path / "page.html")
+    text = Page(page.read_text()).text
+    assert "Answers to the same questions: kda and its teacher" in text["h3"]
+    assert "-25.0" in text["td"] and "0/1/3" in text["td"]
+
+
+@pytest.mark.parametrize("name", ["page", "config.json"])
+def test_a_page_has_the_name_of_a_page(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"ends with \.html"):
+        write_page([folder(tmp_path / "run1")], tmp_path / name)
+    assert (tmp_path / name).read_text() == "{}"
