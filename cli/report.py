@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    from linearize.evals.report import report_of, write_json
+    from linearize.report.conversions import report_of, write_json
     from linearize.report.page import write_page
     from linearize.report.sources import read_sources
 

@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from linearize.data import DataConfig
 from linearize.evals.config import EvalConfig
-from linearize.evals.groups import GROUPS
+from linearize.evals.probe_groups import GROUPS
 from linearize.evals.probes.base import Probe
 from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import Mixer

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from linearize.bench_training import StepSpeed, time_stages
-from linearize.errors import UserError, disk_full
+from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.table import NOTHING, grid
 from linearize.evals.text import evaluating
 from linearize.hf.cache import StateLayer
@@ -101,10 +101,8 @@ class BenchReport:
 
     def to_json(self, path: str | Path) -> None:
         """Write the report; folders are created."""
-        path = Path(path)
-        with disk_full(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        check_target(path)
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> BenchReport:

@@ -20,9 +20,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from linearize.data import prepare
-from linearize.errors import UserError, disk_full
+from linearize.errors import UserError, disk_full, write_whole
 from linearize.evals.points import Points
-from linearize.evals.report import facts_of
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
 from linearize.hf.auto import linearized
@@ -34,6 +33,7 @@ from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
+from linearize.report.conversions import facts_of
 from linearize.schema import differences
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
@@ -181,9 +181,7 @@ def chosen(recipe: Recipe, model: Any, tokenizer: Any, place: Path) -> Recipe:
     join(model.device)
     if is_main() and not place.exists():
         choice = selector.choose(model, tokenizer, prepare(recipe.source_data(), tokenizer))
-        partial = place.with_suffix(".partial")
-        partial.write_text(json.dumps(choice.to_dict(), indent=1) + "\n")
-        os.replace(partial, place)
+        write_whole(place, json.dumps(choice.to_dict(), indent=1) + "\n")
     wait_for_all()
     kept = json.loads(place.read_text())["kept"]
     depth = model.config.get_text_config().num_hidden_layers

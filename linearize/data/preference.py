@@ -27,7 +27,7 @@ from linearize.data.config import DataConfig
 from linearize.data.packing import Row
 from linearize.data.sources import as_turn, render, token_ids
 from linearize.errors import UserError
-from linearize.evals.recall import leading_bos
+from linearize.evals.recall import alike, leading_bos
 
 _LOG = logging.getLogger(__name__)
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -112,8 +112,7 @@ def _tokens(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokeni
 def _of_texts(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
     prompt, replies = row.get("prompt"), [row["chosen"], row["rejected"]]
     if not prompt:
-        apart = (i for i, (a, b) in enumerate(zip(*replies, strict=False)) if a != b)
-        shared = replies[0][: next(apart, min(map(len, replies)))]
+        shared = replies[0][: alike(*replies)]
         if _ASSISTANT not in shared:
             return None
         prompt = shared[: shared.rindex(_ASSISTANT) + len(_ASSISTANT)]

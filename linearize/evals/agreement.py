@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from linearize.evals.text import evaluating, spread_windows
+from linearize.evals.text import evaluating, windows_of
 from linearize.swap import swapped, teacher_path
 
 
@@ -40,16 +40,14 @@ def agreement(
     Raises:
         UserError: when the text is shorter than one window.
     """
-    starts = spread_windows(len(token_ids), length, windows)
     family = next(iter(swapped(model).values())).family
-    embeddings, tokens = 0.0, 0.0
+    embeddings, tokens, count = 0.0, 0.0, 0
     with evaluating(model):
-        for first in range(0, len(starts), batch_size):
-            rows = [token_ids[start : start + length] for start in starts[first : first + batch_size]]
-            ids = torch.stack(rows).to(model.device)
+        for ids in windows_of(token_ids, length, windows, batch_size, model.device):
             student = family.base_model(model)(input_ids=ids).last_hidden_state.double()
             with teacher_path(model):
                 teacher = family.base_model(model)(input_ids=ids).last_hidden_state.double()
             embeddings += float(cosine_similarity(student.mean(1), teacher.mean(1), dim=-1).sum())
             tokens += float(cosine_similarity(student, teacher, dim=-1).mean(1).sum())
-    return Agreement(length, embeddings / len(starts), tokens / len(starts), len(starts))
+            count += len(ids)
+    return Agreement(length, embeddings / count, tokens / count, count)

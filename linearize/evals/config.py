@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from linearize.evals.groups import ungrouped
+from linearize.evals.probe_groups import ungrouped
 from linearize.evals.probes.base import probe_of
 from linearize.schema import Strict
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from linearize.evals.text import LOGIT_BUDGET, evaluating, spread_windows
-from linearize.losses import divergence
+from linearize.evals.text import LOGIT_BUDGET, evaluating, windows_of
 
 
 @dataclass(frozen=True)
@@ -37,26 +36,40 @@ def divergence_on_text(
     windows: int | None = None,
     batch_size: int = 4,
 ) -> Divergence:
-    """Compare a student with its teacher.
+    """Compare a student with its teacher; arguments and errors are those of `divergence_by_position`."""
+    kl, same = divergence_by_position(model, teacher, token_ids, length=length, windows=windows, batch_size=batch_size)
+    return Divergence(length, float(kl.mean()), float(same.mean()))
+
+
+def divergence_by_position(
+    model: Any,
+    teacher: Callable[[], AbstractContextManager[Any]],
+    token_ids: torch.Tensor,
+    *,
+    length: int,
+    windows: int | None = None,
+    batch_size: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher || student) of the prediction at each position in nats, and the share of windows in which both find
+    the same token likeliest: [length - 1] float64 each.
 
     The windows are those of `linearize.evals.text.loss_on_text`, whose arguments and errors these are.
 
     Args:
         teacher: `with teacher() as source:` is the model to compare with, which may be `model` in another state.
     """
-    starts = spread_windows(len(token_ids), length, windows)
-    kl, same, count = 0.0, 0, 0
+    kl, same = torch.zeros(length - 1, dtype=torch.float64), torch.zeros(length - 1, dtype=torch.float64)
+    count = 0
     with evaluating(model):
-        for first in range(0, len(starts), batch_size):
-            rows = [token_ids[start : start + length] for start in starts[first : first + batch_size]]
-            ids = torch.stack(rows).to(model.device)
+        for ids in windows_of(token_ids, length, windows, batch_size, model.device):
             with teacher() as source:
-                expected = source(input_ids=ids.to(source.device), use_cache=False).logits[:, :-1].flatten(0, 1)
-                expected = expected.to(model.device)
-            student = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            step = max(1, LOGIT_BUDGET // student.shape[-1])
-            for s, t in zip(student.split(step), expected.split(step), strict=True):
-                kl += float(divergence(s, t, "forward"))
-                same += int((s.argmax(-1) == t.argmax(-1)).sum())
-            count += len(student)
-    return Divergence(length, kl / count, same / count)
+                expected = source(input_ids=ids.to(source.device), use_cache=False).logits[:, :-1].to(model.device)
+            found = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
+            step = max(1, LOGIT_BUDGET // (found.shape[0] * found.shape[-1]))
+            for i in range(0, length - 1, step):
+                at = slice(i, i + step)
+                log_t, log_s = (x[:, at].float().log_softmax(-1) for x in (expected, found))
+                kl[at] += (log_t.exp() * (log_t - log_s)).sum(-1).double().sum(0).cpu()
+                same[at] += (log_t.argmax(-1) == log_s.argmax(-1)).double().sum(0).cpu()
+            count += len(ids)
+    return kl / count, same / count

@@ -11,7 +11,6 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,19 +186,17 @@ def evaluate(
         config = config.model_copy(update={"tasks": config.tasks or local})
         paths = [*folders, *([] if include_path is None else [include_path])]
         told_length = config.lengths[0] if data is None else data.seq_len
-        take = partial(measure, config=config, token_ids=token_ids, seq_len=told_length, include_path=paths)
-        teacher_measurement = None
-        both = divergence or any(probe_of(settings).needs_teacher for settings in config.probes)
-        if teacher and both:
-            other, other_tokenizer = load_teacher()
-            student_measurement = take(model, tokenizer, teacher=other, say=lambda what: say(f"student: {what}"))
-            del model
-            teacher_measurement = take(other, other_tokenizer, say=lambda what: say(f"teacher: {what}"))
-        else:
-            student_measurement = take(model, tokenizer, say=lambda what: say(f"student: {what}" if teacher else what))
-            del model
-            if teacher:
-                teacher_measurement = take(*load_teacher(), say=lambda what: say(f"teacher: {what}"))
+        settings: dict[str, Any] = {"config": config, "token_ids": token_ids, "seq_len": told_length}
+
+        def take(who: str, model: Any, tokenizer: Any, beside: Any = None) -> Measurement:
+            options = {**settings, "include_path": paths, "teacher": beside}
+            return measure(model, tokenizer, **options, say=lambda what: say(f"{who}: {what}"))
+
+        together = divergence or any(probe_of(probe).needs_teacher for probe in config.probes)
+        source = load_teacher() if teacher and together else None
+        student_measurement = take("student" if teacher else "model", model, tokenizer, source and source[0])
+        del model
+        teacher_measurement = take("teacher", *(source or load_teacher())) if teacher else None
     report = Report(
         model=name,
         student=student_measurement,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linearize.errors import disk_full
+from linearize.errors import write_whole
 from linearize.evals.measure import Measurement, eval_tokens, measure
 from linearize.training.processes import is_main
 
@@ -46,7 +45,4 @@ class Points:
         self.taken[name] = found
         if not is_main():
             return
-        partial = self.path.with_suffix(".partial")
-        with disk_full(self.path.parent):
-            partial.write_text(json.dumps([(n, m.to_dict()) for n, m in self.taken.items()], indent=1))
-        os.replace(partial, self.path)
+        write_whole(self.path, json.dumps([(n, m.to_dict()) for n, m in self.taken.items()], indent=1))

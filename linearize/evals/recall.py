@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -115,6 +116,11 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return added if added == [tokenizer.bos_token_id] else []
 
 
+def alike(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the common beginning of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def continuations(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
@@ -125,9 +131,7 @@ def continuations(
     """
     alone = encode(tokenizer, prompt)
     whole = [encode(tokenizer, prompt + answer) for answer in answers]
-    same = min(
-        next((i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), len(alone)) for both in whole
-    )
+    same = min(alike(alone, both) for both in whole)
     return alone[:same], [both[same:] for both in whole]
 
 

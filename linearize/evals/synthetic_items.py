@@ -87,7 +87,7 @@ class Fitter:
         order = sorted(range(len(places)), key=places.__getitem__)
         edges = [0, *(places[i] for i in order), n]
         body: list[int] = []
-        for piece, (start, end) in zip(order, pairwise(edges), strict=False):
+        for piece, (start, end) in zip(order, pairwise(edges[:-1]), strict=True):
             body += text[start:end] + self.tokens(puzzle.context[piece])
         body += text[edges[-2] :]
         question, answers = self._ending(puzzle)

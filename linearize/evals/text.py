@@ -79,6 +79,15 @@ def spread_windows(tokens: int, length: int, windows: int | None) -> list[int]:
     return [(i * available // count) * length for i in range(count)]
 
 
+def windows_of(
+    token_ids: torch.Tensor, length: int, windows: int | None, rows: int, device: torch.device | str
+) -> Iterator[torch.Tensor]:
+    """The windows of `spread_windows`, whose errors these are: [B, length], at most `rows` at once, on `device`."""
+    starts = spread_windows(len(token_ids), length, windows)
+    for first in range(0, len(starts), rows):
+        yield torch.stack([token_ids[start : start + length] for start in starts[first : first + rows]]).to(device)
+
+
 def loss_on_text(
     model: Any,
     token_ids: torch.Tensor,
@@ -103,20 +112,19 @@ def loss_on_text(
     """
     if length < 2:
         raise UserError(f"cannot score windows of {length} token(s): `length` must be at least 2")
-    starts = spread_windows(len(token_ids), length, windows)
     device = device or next(model.parameters()).device
-    totals = torch.zeros(length - 1, dtype=torch.float64)
+    totals, count = torch.zeros(length - 1, dtype=torch.float64), 0
     with evaluating(model):
-        for first in range(0, len(starts), batch_size):
-            rows = [token_ids[start : start + length] for start in starts[first : first + batch_size]]
-            totals += position_losses(model, torch.stack(rows).to(device)).double().sum(0).cpu()
+        for ids in windows_of(token_ids, length, windows, batch_size, device):
+            totals += position_losses(model, ids).double().sum(0).cpu()
+            count += len(ids)
     edges = doubling_edges(length)
-    buckets = ((a, b, float(totals[a - 1 : b - 1].mean() / len(starts))) for a, b in pairwise(edges))
+    buckets = ((a, b, float(totals[a - 1 : b - 1].mean() / count)) for a, b in pairwise(edges))
     return TextLoss(
         length=length,
-        loss=float(totals.mean() / len(starts)),
-        tokens=len(starts) * (length - 1),
-        windows=len(starts),
+        loss=float(totals.mean() / count),
+        tokens=count * (length - 1),
+        windows=count,
         by_position=tuple(buckets),
     )
 

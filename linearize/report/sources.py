@@ -15,8 +15,8 @@ from linearize.bench import BenchReport
 from linearize.errors import UserError
 from linearize.evals.evaluate import Report
 from linearize.evals.measure import Measurement
-from linearize.evals.report import Conversion, read_conversion
 from linearize.hf.folder import is_of
+from linearize.report.conversions import Conversion, read_conversion
 
 LARGEST_JSON = 8 * 2**20
 """Bytes of a JSON file that is looked into when it lies in a folder; tokenizers can be larger."""

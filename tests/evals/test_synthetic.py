@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from linearize import demo
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
-from linearize.evals.groups import GROUPS
+from linearize.evals.probe_groups import GROUPS
 from linearize.evals.probes.base import Probe, Subject, probe_of
 from linearize.evals.probes.frequent_words import frequencies
 from linearize.evals.probes.grammar import longest_cycle, rules

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from linearize.errors import UserError
-from linearize.evals.text import spread_windows
+from linearize.evals.text import windows_of
 from linearize.evals.views import Bars, Number, View
 from linearize.registry import find, known_family
 from linearize.schema import Strict, user_error
@@ -52,11 +52,7 @@ class Subject:
         Raises:
             UserError: when the text is shorter than one window.
         """
-        starts = spread_windows(len(self.text), length, windows)
-        rows = rows or self.batch_size
-        for first in range(0, len(starts), rows):
-            texts = [self.text[start : start + length] for start in starts[first : first + rows]]
-            yield torch.stack(texts).to(self.model.device)
+        return windows_of(self.text, length, windows, rows or self.batch_size, self.model.device)
 
     def fitting(self, length: int) -> tuple[int, list[str]]:
         """The length in tokens, at most that of the text and, where positions end, of the model; and notes on what a

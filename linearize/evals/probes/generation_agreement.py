@@ -17,6 +17,7 @@ from pydantic import Field, PositiveInt
 
 from linearize.errors import UserError
 from linearize.evals.probes.base import Probe, ProbeConfig, Subject
+from linearize.evals.recall import alike
 from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
 from linearize.evals.views import Lines, Table, View
@@ -156,9 +157,7 @@ def _cut(text: list[int], ends: set[int]) -> list[int]:
 
 def _common(a: list[int], b: list[int], tokens: int) -> int:
     """Length of the common beginning; all `tokens` for texts that are the same and have ended."""
-    if a == b:
-        return tokens
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return tokens if a == b else alike(a, b)
 
 
 def _edges(tokens: int) -> list[int]:

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from pydantic import Field, PositiveInt
 
+from linearize.evals.divergence import divergence_by_position
 from linearize.evals.probes.base import Probe, ProbeConfig, Subject
-from linearize.evals.text import LOGIT_BUDGET, doubling_edges, spread_windows
+from linearize.evals.text import doubling_edges
 from linearize.evals.views import Lines, View
 from linearize.schema import Count
 
@@ -36,25 +36,14 @@ class KLByPosition(Probe):
         """`{"length", "buckets": [{"first", "end", "kl", "same"}], "notes"}` for positions first <= p < end."""
         assert subject.teacher is not None
         length, notes = subject.fitting(self.config.length or 2 * subject.seq_len)
-        starts = spread_windows(len(subject.text), length, self.config.windows)
-        kl, same = torch.zeros(length - 1, dtype=torch.float64), torch.zeros(length - 1, dtype=torch.float64)
-        for first in range(0, len(starts), subject.batch_size):
-            rows = [subject.text[start : start + length] for start in starts[first : first + subject.batch_size]]
-            ids = torch.stack(rows).to(subject.model.device)
-            with subject.teacher() as teacher:
-                expected = teacher(input_ids=ids, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
-            found = subject.model(input_ids=ids, use_cache=False).logits[:, :-1]
-            step = max(1, LOGIT_BUDGET // (found.shape[0] * found.shape[-1]))
-            for i in range(0, length - 1, step):
-                at = slice(i, i + step)
-                kl[at] += _kl(expected[:, at], found[:, at])
-                same[at] += (expected[:, at].argmax(-1) == found[:, at].argmax(-1)).double().sum(0).cpu()
+        scoring = {"windows": self.config.windows, "batch_size": subject.batch_size}
+        kl, same = divergence_by_position(subject.model, subject.teacher, subject.text, length=length, **scoring)
         buckets = [
             {
                 "first": a,
                 "end": b,
-                "kl": float(kl[a - 1 : b - 1].mean() / len(starts)),
-                "same": float(same[a - 1 : b - 1].mean() / len(starts)),
+                "kl": float(kl[a - 1 : b - 1].mean()),
+                "same": float(same[a - 1 : b - 1].mean()),
             }
             for a, b in pairwise(doubling_edges(length))
         ]
@@ -72,9 +61,3 @@ class KLByPosition(Probe):
             Lines("KL to the teacher by position", y_label="nats per token", series=curve("kl"), **axis),
             Lines("Same likeliest token as the teacher", y_label="share of positions", series=curve("same"), **axis),
         ]
-
-
-def _kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) summed over rows: [B, T, V] twice -> [T] float64."""
-    t, s = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    return (t.exp() * (t - s)).sum(-1).double().sum(0).cpu()

@@ -126,7 +126,7 @@ class OptionPermutation(Probe):
     def _asked(self, subject: Subject, index: int, question: Question, rotation: int) -> Asked:
         """With `rotation` 1 the second option is A, and the first one has the last letter."""
         choices = [*question.choices[rotation:], *question.choices[:rotation]]
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS[: len(choices)], choices, strict=True)]
         prompt = "\n".join([question.query, *lines, "Answer:"])
         letters = [f" {letter}" for letter in LETTERS[: len(choices)]]
         ids, candidates = recall.continuations(subject.tokenizer, prompt, letters)

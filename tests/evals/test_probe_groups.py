@@ -3,7 +3,7 @@
 import pytest
 
 from linearize.errors import UserError
-from linearize.evals.groups import GROUPS, ungrouped
+from linearize.evals.probe_groups import GROUPS, ungrouped
 from linearize.evals.probes.base import probe_of
 
 

@@ -11,8 +11,8 @@ import pytest
 from trainable import make_recipe, write_source
 
 from linearize.errors import UserError
-from linearize.evals.report import facts_of, report, to_json
 from linearize.pipeline import convert, plan_of
+from linearize.report.conversions import facts_of, report, to_json
 
 EVALUATION = {"windows": 2, "recall": False, "batch_size": 2, "split": "train", "lengths": [16, 32]}
 
