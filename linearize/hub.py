@@ -7,6 +7,7 @@ own business (HF_TOKEN, HF_TOKEN_PATH, `hf auth login`): it is neither an argume
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from linearize.hf.published import CARD, Published, publish
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
+
+BRANCH_PART = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
 def push(
@@ -40,21 +43,21 @@ def push(
     Args:
         folder: what `linearize convert` wrote.
         repo: `USER/NAME`.
-        public: whether everyone may see it; a repository that is there becomes public by it, and stays as it is
-            otherwise. A new one is private by default.
+        public: whether everyone may see it; a private repository becomes public by it, once the files are there, and
+            without it nothing is pushed to a public one. A new one is private by default.
         revision: branch, made from main if it is not there. Default: main.
         message: of the commit.
         adapter_only: send only the LoRA of `folder/adapter`, in PEFT's format.
         base: with `adapter_only`, the repository of the converted checkpoint that the adapter belongs to.
-        dry_run: tell the files and their sizes, and neither ask nor change anything anywhere.
-        say: receives what is sent and what stays at home, a text each.
+        dry_run: tell what would be sent, and neither ask nor change anything anywhere.
+        say: receives what is sent, how that differs from the files in the folder, and what stays at home.
 
     Returns:
         The address of the repository, or of the branch.
 
     Raises:
         UserError: for a name or folder that cannot be pushed, a token that is missing or may not write there, a
-            repository that holds something else, and a connection that breaks.
+            repository that holds something else or is public unasked, and a connection that breaks.
     """
     from huggingface_hub import HfApi
 
@@ -64,6 +67,8 @@ def push(
         check_name(base)
         if not adapter_only:
             raise UserError("base is the checkpoint that an adapter belongs to; it needs adapter_only")
+    if revision is not None:
+        _check_branch(revision)
     if message is not None and token_line(message.encode()) is not None:
         raise UserError("the message has a token of the hub in it, and everyone could read that; write another")
     token = None if dry_run else _token()
@@ -112,7 +117,8 @@ def reserve(repo: str, *, public: bool = False, adapter_only: bool = False, revi
 
 def _check_writer(user: dict[str, Any], repo: str) -> None:
     """Refuse a token that cannot write to `repo`, as far as the hub tells what it is for."""
-    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    writes = [organisation for organisation in user.get("orgs", []) if organisation.get("roleInOrg") != "read"]
+    owners = [user["name"], *(organisation["name"] for organisation in writes)]
     if repo.partition("/")[0] not in owners:
         raise UserError(
             f"the token belongs to {user['name']}, who cannot write to {repo}; take a name below one of: "
@@ -135,6 +141,16 @@ def check_name(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"{repo!r} is no name of a repository: {error}") from error
+
+
+def _check_branch(revision: str) -> None:
+    parts = revision.split("/")
+    if any(not BRANCH_PART.fullmatch(part) or part.endswith(".lock") or ".." in part for part in parts):
+        raise UserError(f"{revision!r} is no name of a branch; use letters, digits, -, _, . and /, such as trial-2")
+    if parts[0] == "refs":
+        raise UserError(
+            f"{revision!r} is no branch, and pushes to pull requests are not made; give a name such as trial-2"
+        )
 
 
 def _token() -> str:

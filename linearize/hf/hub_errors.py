@@ -55,8 +55,8 @@ def _refusal(status: int, message: str | None, repo: str) -> str:
         404: f"the hub does not find {repo} ({told}); check the name, and that the token may see it",
         409: f"somebody else changed {repo} at the same time ({told}); run the same command again",
         412: f"somebody else changed {repo} at the same time ({told}); run the same command again",
-        429: f"the hub was asked too often ({told}); wait some minutes, {KEPT}",
+        429: f"the hub was asked too often ({told}); wait some minutes: {KEPT}",
     }
     if status >= 500:
-        return f"the hub has a failure of its own ({told}, status {status}); wait some minutes, {KEPT}"
+        return f"the hub has a failure of its own ({told}, status {status}); wait some minutes: {KEPT}"
     return known.get(status, f"the hub refuses {repo}: {told} (status {status})")
