@@ -119,7 +119,8 @@ def _of_card(old: str, new: str) -> list[str]:
     a, b = _listed(one.data.get("eval_results")), _listed(other.data.get("eval_results"))
     found += [_cut(f"result: {line}") for line in b if line not in a]
     found += [_cut(f"result no more: {line}") for line in a if line not in b]
-    return found + _of_lines(one.text, other.text)
+    found += _of_lines(one.text, other.text)
+    return found or ["the same metadata, laid out anew"]
 
 
 def _listed(results: Iterable[EvalResult] | None) -> list[str]:
