@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 
 from linearize.cli._arguments import add_recipe_arguments, load_recipe
 
@@ -34,16 +35,26 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from linearize import hub
     from linearize.errors import UserError
-    from linearize.pipeline import convert
+    from linearize.hf.contents import token_line
+    from linearize.pipeline import convert, plan_of
     from linearize.training.processes import is_main
 
     repo = arguments.push_to_hub if is_main() else None
     if repo is not None:
-        hub.reserve(repo)  # what stands in the way should not wait until after the training
+        # What stands in the way should not wait until after the training.
+        if token_line(recipe.to_yaml().encode()) is not None:
+            raise UserError(
+                "the recipe has a token of the hub in it, so it cannot be pushed; take it out, and revoke it"
+            )
+        plan_of(recipe)
+        hub.reserve(repo)
     out = convert(recipe, arguments.output, resume=arguments.resume)
     if repo is not None:
+        later = f"The checkpoint is complete; push it with: {shlex.join(['linearize', 'push', str(out), repo])}"
         try:
             print(f"pushed to {hub.push(out, repo)}")
         except UserError as error:
-            again = shlex.join(["linearize", "push", str(out), repo])
-            raise UserError(f"{error}. The checkpoint is complete; push it with: {again}") from error
+            raise UserError(f"{error}. {later}") from error
+        except BaseException:  # such as an interruption
+            print(f"\nThe push failed. {later}", file=sys.stderr)
+            raise

@@ -12,7 +12,6 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 PACKAGES = (
@@ -111,10 +110,10 @@ def _free(folder: Path) -> str:
 def _hub(online: bool) -> dict[str, str]:
     from huggingface_hub import constants, get_token
 
-    parts = urlsplit(constants.ENDPOINT)
-    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
+    from linearize.hf.online import endpoint
+
     rows = {
-        "endpoint": shown,
+        "endpoint": endpoint(),
         "offline mode": "on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "off",
         "token": "none" if get_token() is None else "set",
     }

@@ -7,19 +7,20 @@ own business (HF_TOKEN, HF_TOKEN_PATH, `hf auth login`): it is neither an argume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UserError
-from linearize.hf.card_data import eval_results, for_repository
-from linearize.hf.contents import Contents, contents, is_weights
+from linearize.hf.contents import Contents, contents, is_weights, token_line
+from linearize.hf.hub_errors import explained
+from linearize.hf.published import CARD, Published, publish
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-CARD = "README.md"
+BRANCH_PART = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
 def push(
@@ -42,21 +43,21 @@ def push(
     Args:
         folder: what `linearize convert` wrote.
         repo: `USER/NAME`.
-        public: whether everyone may see it; a repository that is there becomes public by it, and stays as it is
-            otherwise. A new one is private by default.
+        public: whether everyone may see it; a private repository becomes public by it, once the files are there, and
+            without it nothing is pushed to a public one. A new one is private by default.
         revision: branch, made from main if it is not there. Default: main.
         message: of the commit.
         adapter_only: send only the LoRA of `folder/adapter`, in PEFT's format.
         base: with `adapter_only`, the repository of the converted checkpoint that the adapter belongs to.
-        dry_run: tell the files and their sizes, and neither ask nor change anything anywhere.
-        say: receives what is sent and what stays at home, a text each.
+        dry_run: tell what would be sent, and neither ask nor change anything anywhere.
+        say: receives what is sent, how that differs from the files in the folder, and what stays at home.
 
     Returns:
         The address of the repository, or of the branch.
 
     Raises:
         UserError: for a name or folder that cannot be pushed, a token that is missing or may not write there, a
-            repository that holds something else, and a connection that breaks.
+            repository that holds something else or is public unasked, and a connection that breaks.
     """
     from huggingface_hub import HfApi
 
@@ -66,28 +67,36 @@ def push(
         check_name(base)
         if not adapter_only:
             raise UserError("base is the checkpoint that an adapter belongs to; it needs adapter_only")
+    if revision is not None:
+        _check_branch(revision)
+    if message is not None and token_line(message.encode()) is not None:
+        raise UserError("the message has a token of the hub in it, and everyone could read that; write another")
     token = None if dry_run else _token()
     found = contents(folder, adapter_only=adapter_only, secrets=[token] if token else [])
-    card = _card(found, repo, base if base or not adapter_only else "", not dry_run)
-    say(_listing(found, card, repo, revision, public))
+    owner = base if base or not adapter_only else ""
+    published = publish(found, folder, repo, adapter_of=owner, read_source=not dry_run)
+    say(_listing(published, found, repo, revision, public))
     if dry_run:
         return repo
     api = HfApi()
+    reserve(repo, public=public, adapter_only=adapter_only, revision=revision)
     with explained(repo):
-        reserve(repo, public=public, say=say)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = _there(api, repo, revision)
         _check_kind(api, repo, revision, there, adapter_only)
-        _commit(api, repo, revision, message, _operations(found, card, there), there.keys() - found.files.keys())
+        _commit(api, repo, revision, message, _operations(published, there), there.keys() - found.files.keys())
+        if public and api.model_info(repo).private:
+            api.update_repo_settings(repo, private=False)
     return f"{api.endpoint}/{repo}" + ("" if revision is None else f"/tree/{revision}")
 
 
-def reserve(repo: str, *, public: bool = False, say: Callable[[str], Any] = print) -> None:
+def reserve(repo: str, *, public: bool = False, adapter_only: bool = False, revision: str | None = None) -> None:
     """Make sure that `repo` is there and may be written to, before a long run whose result shall go there.
 
     Raises:
-        UserError: for a bad name, a missing or wrong token, and a repository that the token may not make.
+        UserError: for a bad name, a missing or wrong token, a repository that the token may not make or that holds
+            something else, and a public one where that was not asked for.
     """
     from huggingface_hub import HfApi
 
@@ -95,19 +104,30 @@ def reserve(repo: str, *, public: bool = False, say: Callable[[str], Any] = prin
     _token()
     api = HfApi()
     with explained(repo):
-        user = api.whoami()
-        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
-        if repo.partition("/")[0] not in owners:
-            raise UserError(
-                f"the token belongs to {user['name']}, who cannot write to {repo}; take a name below one of: "
-                f"{', '.join(owners)}, or log in as its owner"
-            )
+        _check_writer(api.whoami(), repo)
         api.create_repo(repo, private=not public, exist_ok=True)
-        info = api.model_info(repo)
-        if public and info.private:
-            api.update_repo_settings(repo, private=False)
-        elif not public and not info.private:
-            say(f"note: {repo} is public already, and stays so")
+        if not public and not api.model_info(repo).private:
+            raise UserError(
+                f"{repo} is public, and so would be what is pushed to it; give --public (public=True) if everyone may "
+                f"see it, make it private at {api.endpoint}/{repo}/settings, or choose another name"
+            )
+        if revision is None:
+            _check_kind(api, repo, None, _there(api, repo, None), adapter_only)
+
+
+def _check_writer(user: dict[str, Any], repo: str) -> None:
+    """Refuse a token that cannot write to `repo`, as far as the hub tells what it is for."""
+    writes = [organisation for organisation in user.get("orgs", []) if organisation.get("roleInOrg") != "read"]
+    owners = [user["name"], *(organisation["name"] for organisation in writes)]
+    if repo.partition("/")[0] not in owners:
+        raise UserError(
+            f"the token belongs to {user['name']}, who cannot write to {repo}; take a name below one of: "
+            f"{', '.join(owners)}, or log in as its owner"
+        )
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(
+            f"the token may only read, not write to {repo}; make one that may at https://huggingface.co/settings/tokens"
+        )
 
 
 def check_name(repo: str) -> None:
@@ -123,6 +143,16 @@ def check_name(repo: str) -> None:
         raise UserError(f"{repo!r} is no name of a repository: {error}") from error
 
 
+def _check_branch(revision: str) -> None:
+    parts = revision.split("/")
+    if any(not BRANCH_PART.fullmatch(part) or part.endswith(".lock") or ".." in part for part in parts):
+        raise UserError(f"{revision!r} is no name of a branch; use letters, digits, -, _, . and /, such as trial-2")
+    if parts[0] == "refs":
+        raise UserError(
+            f"{revision!r} is no branch, and pushes to pull requests are not made; give a name such as trial-2"
+        )
+
+
 def _token() -> str:
     from huggingface_hub import constants, get_token
 
@@ -136,32 +166,22 @@ def _token() -> str:
     return token
 
 
-def _card(found: Contents, repo: str, adapter_of: str | None, online: bool) -> bytes | None:
-    """README.md as it stands in the repository, None where the folder has none."""
-    if CARD not in found.files:
-        return None
-    results = []
-    for path in found.reports:
-        from linearize.evals.evaluate import Report
-
-        report = Report.from_json(path)
-        told = report.settings
-        results += eval_results(report.student, told.get("text") or "demo", told.get("split"))
-    text = found.files[CARD].read_text(encoding="utf-8")
-    return for_repository(text, repo, adapter_of=adapter_of, results=results, read_source=online).encode()
-
-
-def _listing(found: Contents, card: bytes | None, repo: str, revision: str | None, public: bool) -> str:
-    sizes = {name: path.stat().st_size for name, path in found.files.items()}
-    if card is not None:
-        sizes[CARD] = len(card)
+def _listing(published: Published, found: Contents, repo: str, revision: str | None, public: bool) -> str:
+    sizes = {name: published.size(name) for name in published.files}
     width = max(map(len, sizes))
     branch = "" if revision is None else f", branch {revision}"
     lines = [
         f"{len(sizes)} files, {_bytes(sum(sizes.values()))}, to {repo} ({'public' if public else 'private'}){branch}"
     ]
     lines += [f"  {name:<{width}}  {_bytes(size):>10}" for name, size in sorted(sizes.items())]
-    return "\n".join([*lines, *([f"not sent: {', '.join(found.left_out)}"] if found.left_out else [])])
+    if found.left_out:
+        lines.append(f"not sent: {', '.join(found.left_out)}")
+    for name, changes in published.changes.items():
+        lines += [f"{name} is published with these changes; the file here stays as it is:"]
+        lines += [f"  {change}" for change in changes]
+    if CARD not in published.files:
+        lines.append(f"no {CARD}, so the repository gets no model card")
+    return "\n".join(lines)
 
 
 def _bytes(size: int) -> str:
@@ -197,14 +217,13 @@ def _check_kind(api: HfApi, repo: str, revision: str | None, there: dict[str, An
         raise UserError(f"{repo} holds {holds}, and this is {gives}; push it to a repository of its own")
 
 
-def _operations(found: Contents, card: bytes | None, there: dict[str, Any]) -> list[CommitOperationAdd]:
+def _operations(published: Published, there: dict[str, Any]) -> list[CommitOperationAdd]:
     """What is to be sent: everything but large files that the hub has already, as their SHA-256 says."""
     from huggingface_hub import CommitOperationAdd
 
     operations = []
-    for name, path in found.files.items():
-        content: Any = card if name == CARD and card is not None else str(path)
-        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+    for name, content in published.files.items():
+        operation = CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         large, mine = getattr(there.get(name), "lfs", None), operation.upload_info
         if large is None or (large.size, large.sha256) != (mine.size, mine.sha256.hex()):
             operations.append(operation)
@@ -225,37 +244,3 @@ def _commit(
     if additions or stale:
         message = message or "Upload with linearize"
         api.create_commit(repo, [*additions, *stale], commit_message=message, revision=revision)
-
-
-@contextmanager
-def explained(repo: str) -> Iterator[None]:
-    """Turn what the hub refuses, and connections that break, into `UserError`s; all else passes."""
-    try:
-        yield
-    except Exception as error:  # a filter: what is not about the hub or the network is re-raised as it came
-        reason = _reason(error, repo)
-        if isinstance(error, UserError) or reason is None:
-            raise
-        raise UserError(reason) from error
-
-
-def _reason(error: BaseException, repo: str) -> str | None:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        status = error.response.status_code
-        told = error.server_message or f"status {status}"
-        return {
-            401: f"the hub does not know the token ({told}); run `hf auth login`, or set HF_TOKEN to a valid one",
-            403: f"the token may not write to {repo} ({told}); take one with write access, or another name",
-            404: f"the hub does not find {repo} ({told}); check the name, and that the token may see it",
-        }.get(status, f"the hub refuses {repo}: {told} (status {status})")
-    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
-        return f"the hub does not accept the metadata of README.md: {' '.join(str(error).split())}"
-    # huggingface_hub speaks through httpx or httpx2, as its version has it, so the name is all that is common.
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
-        return (
-            f"the connection to the hub failed ({type(error).__name__}); the files that arrived are kept there, so "
-            "run the same command again"
-        )
-    return _reason(error.__cause__, repo) if error.__cause__ is not None else None

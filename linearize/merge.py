@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from linearize.errors import UserError
 from linearize.hf.export import ADAPTER, staged
-from linearize.hf.folder import check_folder, check_weights, weight_files
+from linearize.hf.folder import check_folder, check_weights, read_text, recipe_in, weight_files
 from linearize.schema import differences
 
 VOLATILE = {"transformers_version", "_name_or_path"}
@@ -151,24 +150,19 @@ def _copy(paths: Sequence[Path], shares: Sequence[float], folder: Path) -> None:
         if path.is_file() and path.suffix not in WEIGHTS and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     said = [f"{share:g} of {path.name}" for share, path in zip(shares, paths, strict=True)]
-    recipes = [_recipe(path) for path in paths]
+    recipes = [recipe_in(path) for path in paths]
     for path, recipe in zip(paths[1:], recipes[1:], strict=True):
         if recipes[0] is not None and recipe is not None and (changed := differences(recipes[0], recipe)):
             said.append(f"the recipe of {path.name} differs in {_listed(changed)}")
     if (card := folder / "README.md").is_file() or recipes[0] is not None:
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        text = read_text(card) if card.is_file() else ""
         note = "\n".join(f"- {line}" for line in said)
         about = f"The weights are an average; what is said above was measured on {paths[0].name} alone."
         card.write_text(f"{text.rstrip()}\n\n## Merged\n\n{about}\n\n{note}\n".lstrip(), encoding="utf-8")
     if recipes[0] is not None:
-        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        text = read_text(folder / "recipe.yaml")
         note = "".join(f"# {line}\n" for line in ("Recipe of the first of the checkpoints that were averaged:", *said))
         (folder / "recipe.yaml").write_text(note + text, encoding="utf-8")
-
-
-def _recipe(path: Path) -> Any:
-    file = path / "recipe.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _listed(changed: dict[str, tuple[Any, Any]]) -> str:

@@ -27,6 +27,7 @@ from linearize.families.base import Family
 from linearize.hf.auto import linearized
 from linearize.hf.card import model_card
 from linearize.hf.export import export, export_adapter
+from linearize.hf.licence import licence_files
 from linearize.hf.load import load, load_config, load_processor
 from linearize.hf.native import native_model
 from linearize.inits.calibrated import calibrate
@@ -114,7 +115,8 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         points.add_training(0 if rows is None else stage.config.trained_tokens(rows.item_tokens), seconds)
         points.take(label, model, between=index + 1 < len(stages))
     if is_main():
-        files = {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
+        files: dict[str, str | bytes] = {**licence_files(plan.source)}
+        files |= {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
         options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
         if stages and stages[-1].adapter is not None:
             export_adapter(stages[-1].adapter, processor or tokenizer, out, **options)

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from linearize.data import DataConfig
 from linearize.errors import UserError
@@ -23,7 +32,7 @@ from linearize.families.base import Family
 from linearize.inits.calibrated import InitConfig
 from linearize.mixers.base import config_from_dict
 from linearize.model_names import resolve_model
-from linearize.recipe_files import find_recipe, override, read_recipe
+from linearize.recipe_files import available, find_recipe, override, read_recipe
 from linearize.registry import find, find_class
 from linearize.schema import Count, Strict, user_error
 from linearize.select.base import Selector
@@ -74,8 +83,21 @@ class ExportConfig(Strict):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a recipe came from, as it was asked for. All are equal: recipes with the same settings are."""
+
+    name: str | None = dataclasses.field(default=None, compare=False)
+    """Of a shipped recipe, such as default/auto, or of a file; None for one that was put together in Python."""
+    shipped: bool = dataclasses.field(default=False, compare=False)
+    overrides: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """`key=value` each."""
+
+
 class Recipe(Strict):
     """A whole conversion."""
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     model: ModelConfig
     layers: str | list[int] | dict[str, Any] = Field(
@@ -226,7 +248,10 @@ class Recipe(Strict):
             override(data, text)
         if "model" not in data:
             raise UserError(f"which model? recipe {path.stem!r} names none; give --model NAME (demo needs no download)")
-        return cls.parse(data)
+        recipe = cls.parse(data)
+        shipped = next((key for key, file in available().items() if file == path), None)
+        recipe._origin = Origin(shipped or path.name, shipped is not None, tuple(overrides))
+        return recipe
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> Recipe:
@@ -239,6 +264,11 @@ class Recipe(Strict):
             return cls.model_validate(data)
         except ValidationError as error:
             raise _readable(error) from None
+
+    @property
+    def origin(self) -> Origin:
+        """What `load` was asked for."""
+        return self._origin
 
     def resolved_model(self) -> str:
         """The path or hub name that `model.name` stands for."""

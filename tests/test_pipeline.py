@@ -54,8 +54,12 @@ def same_weights(one: Path, two: Path) -> bool:
 def test_a_conversion_from_end_to_end(source: Path) -> None:
     said: list[str] = []
     recipe = make_recipe(source, evaluation=EVALUATION)
+    (Path(recipe.model.name) / "LICENSE").write_text("PICO LICENSE\n")
     out = convert(recipe, source / "out", say=said.append)
     assert out == source / "out"
+    assert (out / "LICENSE").read_text() == "PICO LICENSE\n"
+    card = (out / "README.md").read_text()
+    assert "license: other\n" in card and "license_name: pico-license\nlicense_link: LICENSE\n" in card
     assert said[0].startswith("source ") and "2 of 3 swapped: LSL" in said[0]
     assert said[-1] == f"checkpoint written to {out}"
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-import yaml
 from pydantic import ValidationError
 
 import linearize
@@ -29,6 +28,7 @@ from linearize.evals.probe_views import as_text, probe_views
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
 from linearize.evals.task_groups import GROUPS
+from linearize.hf.folder import read_mapping, recipe_in
 from linearize.hf.load import hub_file, load
 from linearize.model_names import resolve_model
 from linearize.schema import user_error
@@ -213,12 +213,11 @@ def evaluate(
 def _recipe(name: str) -> dict[str, Any]:
     """The recipe.yaml that lies beside a converted checkpoint's weights; empty for other models."""
     if Path(name).is_dir():
-        file = Path(name) / "recipe.yaml"
-        return yaml.safe_load(file.read_text()) if file.is_file() else {}
+        return recipe_in(Path(name)) or {}
     if "/" not in name:
         return {}
     found = hub_file(name, "recipe.yaml")
-    return yaml.safe_load(found.read_text(encoding="utf-8")) if found else {}
+    return read_mapping(found) if found else {}
 
 
 def _config(**values: Any) -> EvalConfig:

@@ -37,6 +37,19 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """How a task was asked."""
+
+    questions: int
+    of: int | None
+    """Questions that the task has; None where that is not known."""
+    shots: int | None
+    """Examples in the prompts; None in a group whose tasks differ."""
+    own: bool
+    """Whether the questions or the task file are the user's own, not those that the harness has under this name."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A student against its teacher on the questions of one task, or of a group's tasks together."""
 

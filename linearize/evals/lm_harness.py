@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from linearize.errors import UserError, did_you_mean
-from linearize.evals.items import Items, items_of
+from linearize.evals.items import Asked, Items, items_of
 from linearize.evals.task_groups import GROUPS, asked_groups, expand, group_mean, leaves
 from linearize.evals.text import evaluating
 
@@ -28,6 +28,8 @@ class TaskResults:
     """The answers to each question of tasks whose main metric is right or wrong."""
     groups: dict[str, list[str]]
     """The tasks of each group."""
+    asked: dict[str, Asked] = field(default_factory=dict)
+    """How each task and group was asked."""
 
 
 def lm_eval_tasks(
@@ -77,10 +79,17 @@ def lm_eval_tasks(
             f"the questions of {', '.join(names)} could not be fetched: {error}; check the network and HF_HUB_OFFLINE, "
             "or ask questions of your own with --tasks-from"
         ) from error
-    return _read(found, tasks)
+    return _read(found, tasks, _own(manager, include_path))
 
 
-def _read(found: dict[str, Any], asked: Sequence[str]) -> TaskResults:
+def _own(manager: Any, include_path: str | Path | Sequence[str | Path] | None) -> set[str]:
+    """Names of the tasks whose files lie in the user's folders."""
+    folders = [Path(folder).resolve() for folder in _folders(include_path)]
+    files = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path is not None}
+    return {name for name, file in files.items() if any(Path(file).resolve().is_relative_to(f) for f in folders)}
+
+
+def _read(found: dict[str, Any], asked: Sequence[str], own: set[str]) -> TaskResults:
     scores = {task: _metrics(values) for task, values in found["results"].items()}
     groups = asked_groups(asked) | leaves(found["group_subtasks"])
     for group, members in groups.items():
@@ -90,14 +99,30 @@ def _read(found: dict[str, Any], asked: Sequence[str]) -> TaskResults:
     delimiters = {task: config.get("target_delimiter", " ") for task, config in found["configs"].items()}
     items = {task: items_of(kept, scores[task], delimiters[task]) for task, kept in found["samples"].items()}
     scores = {task: scores[task] for task in (*groups, *scores) if scores.get(task)}
-    return TaskResults(scores, {task: answers for task, answers in items.items() if answers is not None}, groups)
+    told = {
+        task: Asked(n["effective"], n["original"], found["n-shot"].get(task), task in own)
+        for task, n in found["n-samples"].items()
+    }
+    told |= {group: _together([told[task] for task in members if task in told]) for group, members in groups.items()}
+    return TaskResults(scores, {task: answers for task, answers in items.items() if answers is not None}, groups, told)
+
+
+def _together(asked: Sequence[Asked]) -> Asked:
+    """How the tasks of a group were asked."""
+    shots = {each.shots for each in asked}
+    return Asked(
+        sum(each.questions for each in asked),
+        sum(each.of or 0 for each in asked),
+        shots.pop() if len(shots) == 1 else None,
+        any(each.own for each in asked),
+    )
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> Any:
     """A task manager that knows `tasks`: reading the harness's whole index takes 12 s, one folder 0.1 s."""
     from lm_eval.tasks import TaskManager
 
-    folders = [include_path] if isinstance(include_path, str | Path) else list(include_path or ())
+    folders = _folders(include_path)
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"no folder {str(folder)!r} with task files; `include_path` must name one")
@@ -112,6 +137,10 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | Sequence[str 
             hint = did_you_mean(task, [*manager.all_tasks, *GROUPS]).split("known:")[0].rstrip("; ")
             raise UserError(f"unknown lm-eval task {task!r}{hint}; `lm_eval ls tasks` lists them")
     return manager
+
+
+def _folders(include_path: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+    return [include_path] if isinstance(include_path, str | Path) else list(include_path or ())
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

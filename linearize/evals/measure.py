@@ -20,7 +20,7 @@ from linearize.errors import UserError
 from linearize.evals.agreement import Agreement, agreement
 from linearize.evals.config import EvalConfig
 from linearize.evals.divergence import Divergence, divergence_on_text
-from linearize.evals.items import Items
+from linearize.evals.items import Asked, Items
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.probes.base import Subject, probe_of
 from linearize.evals.recall_score import CASES, RecallScore, generate_greedily, padding_id, recall
@@ -46,6 +46,8 @@ class Measurement:
     """The tasks of each group among them."""
     items: dict[str, Items] = field(default_factory=dict)
     """The answers to each question of tasks that are right or wrong, to compare models question by question."""
+    asked: dict[str, Asked] = field(default_factory=dict)
+    """How each task and group was asked; empty in measurements that are older than this."""
     prompt: str | None = None
     sample: str | None = None
     """What the model wrote after `prompt`, greedily."""
@@ -111,7 +113,9 @@ class Measurement:
         diverge = [Divergence(**found) for found in values.get("divergence", [])]
         lists = {"losses": losses, "branches": branches, "recall": scores, "agreement": agree, "divergence": diverge}
         items = {task: Items(**answers) for task, answers in values.get("items", {}).items()}
-        return cls(**{**values, **lists, "items": items})
+        asked = {task: Asked(**how) for task, how in values.get("asked", {}).items()}
+        tasks: dict[str, Any] = {"items": items, "asked": asked}
+        return cls(**{**values, **lists, **tasks})
 
 
 def measure(
@@ -180,6 +184,7 @@ def measure(
             num_fewshot=config.num_fewshot,
         )
         result.tasks, result.items, result.groups = found.scores, found.items, found.groups
+        result.asked = found.asked
     if config.probes:
         subject = Subject(
             model=model,

@@ -5,13 +5,16 @@ Every number comes from the run's own measurements; without any, the card says s
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from linearize import __version__
 from linearize.evals.measure import Measurement
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
 from linearize.hf.card_data import PLACE, card_data
+from linearize.hf.card_results import remarks
 from linearize.plan import Plan
 from linearize.recipe import Recipe
 from linearize.registry import find
@@ -26,12 +29,10 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
         measurements: name of the point ("teacher", "untrained", "after finetune") -> what was measured there.
     """
     source = recipe.resolved_model()
-    local = Path(source).exists()
+    local = Path(source).expanduser().exists()
     swapped = sum(layer.mixer is not None for layer in plan.layers)
-    name = recipe.model.name if local else source
-    measured = (
-        comparison_table(list(measurements.items())) if measurements else "Nothing was measured for this checkpoint."
-    )
+    name = Path(recipe.model.name).name if local else source
+    measured = _measured(measurements) if measurements else "Nothing was measured for this checkpoint."
     kept = bool(recipe.stages) and recipe.stages[-1].get("lora") and not recipe.stages[-1]["lora"]["merge"]
     adapter = 'model = PeftModel.from_pretrained(model, path, subfolder="adapter")  # as measured\n' if kept else ""
     peft = "from peft import PeftModel\n" if kept else ""
@@ -75,7 +76,33 @@ Losses are nats per token; "off" columns switch one branch of the mixers off. Se
 
 ## Recipe
 
+{_repeated(recipe, local)}
+
+All its settings, as in `recipe.yaml`:
+
 ```yaml
 {recipe.to_yaml().strip()}
 ```
 """
+
+
+def _measured(measurements: Mapping[str, Measurement]) -> str:
+    """The table, and which tasks in it were not asked as the benchmark is."""
+    asked = {task: how for m in measurements.values() for task, how in m.asked.items()}
+    notes = [f"- {task}: {'; '.join(said)}." for task, how in asked.items() if (said := remarks(how))]
+    return "\n\n".join([comparison_table(list(measurements.items())), *(["\n".join(notes)] if notes else [])])
+
+
+def _repeated(recipe: Recipe, local: bool) -> str:
+    """Which recipe it was, and the command that follows it again."""
+    origin = recipe.origin
+    model = ["--model", Path(recipe.model.name).name if local else recipe.model.name]
+    if origin.shipped:
+        what = f"`{origin.name}` of linearize {__version__}"
+        line = [*model, "--recipe", str(origin.name), *origin.overrides]
+    else:
+        what = f"The author's own{f', `{origin.name}`' if origin.name else ''}, for linearize {__version__}"
+        line = [*(model if local else []), "--recipe", "recipe.yaml"]
+    changes = f", with `{' '.join(origin.overrides)}`" if origin.overrides else ""
+    where = f"; `{model[1]}` is the source model's folder" if local and recipe.model.name != "demo" else ""
+    return f"{what}{changes}. To follow it again{where}:\n\n```sh\n{shlex.join(['linearize', 'convert', *line])}\n```"

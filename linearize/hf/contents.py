@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from linearize.errors import UserError
-from linearize.hf.folder import ADAPTER, INDEX, SINGLE, check_folder, check_weights, is_bundled, is_of, weight_files
+from linearize.hf.folder import (
+    ADAPTER,
+    INDEX,
+    SINGLE,
+    check_folder,
+    check_weights,
+    is_bundled,
+    is_of,
+    recipe_in,
+    weight_files,
+)
+from linearize.hf.licence import is_licence
 
 ALLOWED = (
     "README.md",
     "recipe.yaml",
-    "LICENSE*",
-    "NOTICE*",
     "config.json",
     "generation_config.json",
     # Tokenizers and processors, as transformers names them.
@@ -42,7 +51,7 @@ ALLOWED = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-"""Patterns of names at the top of a checkpoint, beside its weights and its own code."""
+"""Patterns of names at the top of a checkpoint, beside its weights, its own code and licences."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 """Names of the parts of large checkpoints."""
@@ -50,7 +59,13 @@ REPORT = {"model", "student", "teacher", "settings", "environment"}
 """Keys of what `linearize evaluate --output` writes."""
 TEXT_LIMIT = 64 * 2**20
 """Bytes up to which a file that holds no weights is searched for tokens."""
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+TOKEN = re.compile(
+    rb"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2}))"
+    rb"(?:(?:hf|api_org)_[A-Za-z0-9]{30,}|hf_(?:[a-z]+_+)+(?:[A-Za-z0-9]{30,}|eyJ[A-Za-z0-9]{10,}))"
+)
+"""Tokens of users (hf_), of organisations (api_org_), of OAuth (hf_oauth_) and for one repository (hf_jwt_): thirty
+letters and digits or more after the prefix, or a JSON web token. What stands before is no part of a longer word, but
+may be an escape of JSON or of an address."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,7 @@ def contents(folder: Path, *, adapter_only: bool = False, secrets: Iterable[str]
             that is wanted, and for a file with a token in it.
     """
     check_folder(folder)
-    if not (folder / "recipe.yaml").is_file() and "linearize" not in _json(folder / "config.json"):
+    if recipe_in(folder) is None and "linearize" not in _json(folder / "config.json"):
         raise UserError(
             f"{folder} is a Hugging Face model that linearize did not write; give the folder of a converted checkpoint"
         )
@@ -91,13 +106,15 @@ def contents(folder: Path, *, adapter_only: bool = False, secrets: Iterable[str]
     if adapter_only:
         if len(adapter) < len(ADAPTER_FILES):
             raise UserError(f"{folder} has no {ADAPTER}/ with a LoRA; push it whole, or convert with lora.merge: false")
-        wanted = {name: top[name] for name in top if name in ("README.md", "recipe.yaml") or fnmatch(name, "LICENSE*")}
+        wanted = {name: path for name, path in top.items() if name in ("README.md", "recipe.yaml") or is_licence(name)}
+        wanted = {name: path for name, path in wanted.items() if path.is_file()}
         files = {**wanted, **{path.name: path for path in reports}, **adapter}
     else:
         wanted = {name: path for name, path in top.items() if _is_wanted(path) or path in reports}
         index = [INDEX] if weights != ["model.safetensors"] else []
         files = {**wanted, **{name: folder / name for name in [*weights, *index]}}
         files |= {f"{ADAPTER}/{name}": path for name, path in adapter.items()}
+    _check_links(files, folder)
     for name, path in files.items():
         _check_no_token(name, path, secrets)
     sent = {path.relative_to(folder).parts[0] for path in files.values()}
@@ -117,7 +134,7 @@ def _is_wanted(path: Path) -> bool:
         return False
     if path.suffix == ".py":
         return is_bundled(path)
-    return any(fnmatch(path.name, pattern) for pattern in ALLOWED)
+    return is_licence(path.name) or any(fnmatch(path.name, pattern) for pattern in ALLOWED)
 
 
 def _is_report(path: Path, folder: Path) -> bool:
@@ -137,12 +154,31 @@ def _json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def _check_links(files: Mapping[str, Path], folder: Path) -> None:
+    """Refuse what is only a link to something that is not published, in the folder or outside."""
+    root = folder.resolve()
+    own = {root / path.relative_to(folder) for path in files.values()}
+    for name, path in files.items():
+        if (target := path.resolve()) not in own:
+            where = "outside its folder" if not target.is_relative_to(root) else "that stays at home"
+            raise UserError(
+                f"{name} is a link to {target}, a file {where}; put a copy in its place if it may be published"
+            )
+
+
 def _check_no_token(name: str, path: Path, secrets: Iterable[str]) -> None:
     if path.suffix == ".safetensors" or path.stat().st_size > TEXT_LIMIT:
         return
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); see to its permissions, or remove it") from error
+    if (line := token_line(data, secrets)) is not None:
+        raise UserError(f"{name}, line {line}, has a token of the hub in it; remove it from {path}, and revoke it")
+
+
+def token_line(data: bytes, secrets: Iterable[str] = ()) -> int | None:
+    """The line of a text, from 1, that holds a token of the hub or one of `secrets`; None where there is none."""
     found = TOKEN.search(data)
     places = [found.start()] if found else [at for text in secrets if text and (at := data.find(text.encode())) >= 0]
-    if places:
-        line = data.count(b"\n", 0, places[0]) + 1
-        raise UserError(f"{name}, line {line}, has a token of the hub in it; remove it from {path}, and revoke it")
+    return data.count(b"\n", 0, places[0]) + 1 if places else None

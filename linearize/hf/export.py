@@ -27,7 +27,7 @@ def export(
     out_dir: str | Path,
     *,
     max_shard_size: str = "5GB",
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
     native: bool = False,
 ) -> Path:
     """Write a checkpoint, all of it or nothing.
@@ -37,7 +37,7 @@ def export(
         tokenizer: what its `save_pretrained` writes goes beside the weights; None writes no tokenizer.
         out_dir: created with its parents. What an earlier export left there is replaced, all else stays.
         max_shard_size: largest safetensors file, say "5GB".
-        extra_files: file name -> text, say a recipe and a model card.
+        extra_files: file name -> content, say a recipe, a model card and a licence.
         native: write the architecture of transformers that the model is, see `linearize.hf.native`.
 
     Returns:
@@ -65,7 +65,7 @@ def export_adapter(
     out_dir: str | Path,
     *,
     max_shard_size: str = "5GB",
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write a `PeftModel` as a checkpoint of its base plus `adapter/`, both or nothing.
 
@@ -88,14 +88,16 @@ def _check_converted(model: Any) -> None:
         raise UserError(f"{type(model).__name__} is not a converted model; convert it before exporting it")
 
 
-def _write(model: Any, tokenizer: Any, folder: Path, max_shard_size: str, extra_files: Mapping[str, str]) -> None:
+def _write(
+    model: Any, tokenizer: Any, folder: Path, max_shard_size: str, extra_files: Mapping[str, str | bytes]
+) -> None:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if getattr(model.config, "linearize", None) is not None:  # others have transformers' own names, which it translates
         _check_written(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for name, text in extra_files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in extra_files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     mode = (folder / "config.json").stat().st_mode  # safetensors lets the owner alone read what it writes
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)

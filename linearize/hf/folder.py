@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from linearize.errors import UserError
@@ -33,7 +34,12 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if (folder / INDEX).is_file():
-        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder / INDEX} is damaged ({error!r}); export or download the checkpoint again"
+            ) from error
     hint = "it holds pickled weights (.bin), which are never read; convert them to safetensors first"
     if not any(folder.glob("*.bin")):
         hint = "convert or download it again"
@@ -52,6 +58,54 @@ def check_weights(file: Path) -> None:
             f"{file} is damaged ({error}); it was probably cut off while being copied or downloaded. "
             "Delete it and fetch or convert the checkpoint again"
         ) from error
+
+
+def recipe_in(folder: Path) -> dict[str, Any] | None:
+    """The recipe.yaml beside a checkpoint's weights, as plain data; None where there is none.
+
+    Raises:
+        UserError: for a file that is empty, damaged or no mapping.
+    """
+    path = folder / "recipe.yaml"
+    return read_mapping(path) if path.is_file() else None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file of a checkpoint.
+
+    Raises:
+        UserError: for a file that is empty, damaged or no mapping.
+    """
+    try:
+        found = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _no_recipe(path, f"is not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict):
+        raise _no_recipe(path, "is empty" if found is None else f"holds no recipe but a {type(found).__name__}")
+    return found
+
+
+def _no_recipe(path: Path, what: str) -> UserError:
+    first = path.parent / "run" / "recipe.yaml"
+    remedy = f"copy {first} over it" if first.is_file() else "restore it from the conversion's run/recipe.yaml"
+    return UserError(f"{path} {what}; {remedy}, or remove it")
+
+
+def read_text(path: Path) -> str:
+    """A text file of a checkpoint, without a byte order mark.
+
+    Raises:
+        UserError: for one that is not UTF-8, or cannot be read.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not UTF-8 (line {line}); save it as UTF-8, or remove it") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); see to its permissions, or remove it") from error
 
 
 def is_bundled(path: Path) -> bool:

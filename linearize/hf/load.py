@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
@@ -22,6 +24,7 @@ from linearize.errors import UserError
 from linearize.families.base import Family
 from linearize.hf.auto import register, trusting
 from linearize.hf.folder import ADAPTER, check_folder, check_weights, weight_files
+from linearize.hf.online import cache_if_unreachable, endpoint
 from linearize.registry import known_family
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,18 @@ def load(
         UserError: for a folder or repository that is missing, unreachable, incomplete or damaged, and for a
             mixer or family that this installation does not have.
     """
+    with _asking(path_or_repo):
+        return _load(path_or_repo, dtype, device, trust_remote_code, revision, attn_implementation)
+
+
+def _load(
+    path_or_repo: str | Path,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+    revision: str | None,
+    attn_implementation: str | None,
+) -> tuple[Any, Any]:
     source = _source(path_or_repo)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     config = load_config(path_or_repo, **options)
@@ -66,21 +81,18 @@ def load(
     if attn_implementation is None and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         attn_implementation = "eager"  # sdpa, which transformers 5.17 takes by itself, does not cap logits
     loader: Any = getattr(transformers, _auto_class(config))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        with trusting(trust_remote_code):
-            model, report = loader.from_pretrained(
-                source,
-                config=config,
-                dtype=_dtype(dtype),
-                device_map=None if device is None else {"": torch.device(device)},
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except OSError as error:
-        raise UserError(_unreachable(source, error)) from error
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    with trusting(trust_remote_code):
+        model, report = loader.from_pretrained(
+            source,
+            config=config,
+            dtype=_dtype(dtype),
+            device_map=None if device is None else {"": torch.device(device)},
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
     _check_complete(source, config, type(model), report)
     return _with_adapter(model.eval(), source, revision), tokenizer
 
@@ -98,7 +110,8 @@ def load_processor(path_or_repo: str | Path, *, trust_remote_code: bool = False,
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
-        return AutoProcessor.from_pretrained(_source(path_or_repo), **options)
+        with nullcontext() if _is_local(path_or_repo) else cache_if_unreachable():
+            return AutoProcessor.from_pretrained(_source(path_or_repo), **options)
     except (OSError, ImportError) as error:
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise UserError(
@@ -113,10 +126,19 @@ def load_config(path_or_repo: str | Path, *, trust_remote_code: bool = False, re
     source = _source(path_or_repo)
     if _is_local(path_or_repo):
         check_folder(Path(source))
-    try:
+    with _asking(path_or_repo):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    except OSError as error:
-        raise UserError(_unreachable(source, error)) from error
+
+
+@contextmanager
+def _asking(path_or_repo: str | Path) -> Iterator[None]:
+    """Explains what goes wrong while a model's files are read; those of a silent hub come from the local cache."""
+    source = _source(path_or_repo)
+    with nullcontext() if _is_local(path_or_repo) else cache_if_unreachable() as silence:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(_unreachable(source, error, silence)) from error
 
 
 def _source(path_or_repo: str | Path) -> str:
@@ -150,11 +172,17 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
-def _unreachable(source: str, error: OSError) -> str:
+def _unreachable(source: str, error: OSError, silence: str | None) -> str:
     if _is_local(source):
         return f"cannot load {source}: {error}"
+    if silence is not None:
+        return (
+            f"cannot load {source!r}: no such folder here, the hub at {endpoint()} does not answer ({silence}), and "
+            "the local cache lacks it, or parts of it. Check the network (behind a proxy, HTTPS_PROXY), or give the "
+            "path of a local copy; once all of it is cached, HF_HUB_OFFLINE=1 asks nobody"
+        )
     reason = _refusal(error) or str(error).splitlines()[0].rstrip(".")
-    if _is_offline():
+    if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set and it is not in the local cache"
     return (
         f"cannot load {source!r}: no such folder here, and as a hub repository: {reason}. Check the name and "
@@ -196,14 +224,8 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> Path | None:
     Raises:
         UserError: for a repository that is missing, or that the token may not see.
     """
-    try:
+    with _asking(repo):
         found = cached_file(repo, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise UserError(_unreachable(repo, error)) from error
     if found is None and try_to_load_from_cache(repo, name, revision=revision) is not _CACHED_NO_EXIST:
         logger.warning("%s: not known whether it has %s, because the hub was not reached; going on without", repo, name)
     return None if found is None else Path(found)
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")

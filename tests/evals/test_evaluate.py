@@ -8,6 +8,7 @@ import pytest
 
 from linearize.errors import UserError
 from linearize.evals.evaluate import Report, evaluate
+from linearize.evals.items import Asked
 from linearize.evals.text import loss_on_text
 
 QUICK = {"windows": 2, "recall": [(1, 30)], "recall_items": 2}
@@ -69,7 +70,15 @@ def test_local_questions_are_asked_of_both(folders, tmp_path, monkeypatch):
         assert len(answers.right) == 5 and answers.right.count("1") / 5 == measured.tasks["sums"]["acc_norm"]
     (row,) = (line for line in report.table().splitlines() if line.startswith("| sums  "))
     assert row.split("|")[2].strip() == "5"
+    assert report.student.asked == {"sums": Asked(5, 6, 0, own=True)}
     assert Report.from_json(tmp_path / "report.json") == report
+
+
+def test_a_damaged_recipe_is_named(folders):
+    for content, told in (("", "is empty"), ("a: [", "is not valid YAML"), ("text", "holds no recipe but a str")):
+        (folders[1] / "recipe.yaml").write_text(content)
+        with pytest.raises(UserError, match=rf"recipe\.yaml {told}"):
+            evaluate(folders[1], device="cpu")
 
 
 def test_a_teacher_that_nobody_names_is_an_error(folders):

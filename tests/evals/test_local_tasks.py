@@ -12,6 +12,7 @@ import yaml
 from evals.harness_cases import BEGINNINGS, OPTIONS, PAIRS, write_questions, write_rows
 
 from linearize.errors import UserError
+from linearize.evals.items import Asked
 from linearize.evals.lm_harness import TaskResults, lm_eval_tasks
 from linearize.evals.local_tasks import local_tasks, write_tasks
 
@@ -113,9 +114,12 @@ def test_a_folder_in_the_folder_is_a_group_with_the_mean_of_its_tasks(
 
 def test_limit_and_fewshot_reach_the_tasks(student: Any, pico_tokenizer: Any, questions: Path) -> None:
     none = run(student, pico_tokenizer, questions, limit=2)
+    assert none.asked["options"] == Asked(2, len(OPTIONS), 0, own=True)
+    assert none.asked["pairs"] == Asked(4, 5, 0, own=True)  # of its tasks together
     assert {len(answers.right) for answers in none.items.values()} == {2}
     some = run(student, pico_tokenizer, questions, limit=2, num_fewshot=1)
     assert some.items["options"].documents != none.items["options"].documents  # another prompt
+    assert some.asked["options"].shots == 1 and some.asked["island"].shots == 0
     assert some.items["island"] == none.items["island"]  # the task says 0
 
 

@@ -67,6 +67,12 @@ class Hub:
         self.drop: Callable[[int], int | None] = lambda put: None
         """Number of a PUT, from 0 -> bytes after which its connection is dropped."""
         self.puts = 0
+        self.refuse: Callable[[str, str], int | None] = lambda method, path: None
+        """A request -> the status that it is refused with."""
+        self.role = "write"
+        """What the token is for."""
+        self.members = "write"
+        """What the user may do in the organisation."""
         self.garbled = False
         """Whether answers are no JSON."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -110,7 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, method, answer in _ROUTES:
             found = re.fullmatch(pattern, self.route)
             if found and self.command in method:
-                if token and not self.owners:
+                if (status := self.hub.refuse(self.command, self.route)) is not None:
+                    self.fail(status, "", f"refused with {status}")
+                elif token and not self.owners:
                     self.fail(401, "", "Invalid credentials in Authorization header")
                 else:
                     answer(self, *found.groups())
@@ -178,8 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if not self.owners:
             return self.fail(401, "", "Invalid username or password.")
-        organisations = [{"name": name} for name in self.owners[1:]]
-        return self.say({"type": "user", "name": self.owners[0], "orgs": organisations, "auth": {}})
+        auth = {"accessToken": {"displayName": "tests", "role": self.hub.role}}
+        organisations = [{"name": name, "roleInOrg": self.hub.members} for name in self.owners[1:]]
+        return self.say({"type": "user", "name": self.owners[0], "orgs": organisations, "auth": auth})
 
     def create(self) -> None:
         told = json.loads(self.body())

@@ -58,7 +58,11 @@ def test_loading_from_a_hub(converted: Any, pico_tokenizer: Any, tmp_path: Path)
         server.requests.clear()
         offline = ask(server, tmp_path / "home", ("ada/mine", None), ("ada/gated", None), HF_HUB_OFFLINE="1")
         assert not server.requests
+    cut = ask(server, tmp_path / "home", ("ada/mine", None), ("ada/never", None))
     student = "LinearizedLlamaForCausalLM"
+    assert cut["load ada/mine None"] == student and cut["recipe ada/mine"] == {"a": 1} and cut["card ada/mine"]
+    assert f"the hub at {server.url} does not answer" in cut["load ada/never None"] and cut["card ada/never"] == {}
+    assert "path of a local copy" in cut["load ada/never None"] and "Retrying" not in cut["said"]
     assert own["load ada/mine trial"] == own["load ada/mine None"] == student
     assert "it has no such revision" in own["load ada/mine nope"]
     assert own["recipe ada/mine"] == {"a": 1}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint import CARD
 from huggingface_hub import ModelCard
 from loopback import STRANGER, TOKEN, Hub, client_environment
 from peft import LoraConfig, get_peft_model
@@ -24,51 +24,10 @@ from linearize.evals.evaluate import Report
 from linearize.evals.measure import Measurement
 from linearize.hf.contents import contents, is_weights
 from linearize.hf.export import export, export_adapter
+from linearize.hf.published import Published, publish
 
 CLI = "import sys; from linearize.cli.main import main; sys.exit(main(sys.argv[1:]))"
 IMPATIENT = "import time; time.sleep = lambda seconds: None; "
-CARD = """---
-license: apache-2.0
-tags:
-- linearize
----
-
-# pico, linearized with lolcats
-
-```python
-path = "path/to/this/folder"
-```
-"""
-
-
-@pytest.fixture
-def server() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
-
-
-@pytest.fixture
-def student(converted: Any) -> Any:
-    return converted("lolcats", "LSL")
-
-
-@pytest.fixture
-def folder(student: Any, pico_tokenizer: Any, tmp_path: Path) -> Path:
-    """A checkpoint in several files, and around it what must not be published."""
-    files = {"README.md": CARD, "recipe.yaml": "model: {name: pico}\n"}
-    out = export(student, pico_tokenizer, tmp_path / "student", max_shard_size="20KB", extra_files=files)
-    for private in (
-        "run/0-finetune/optimizer.pt",
-        ".env",
-        ".git/config",
-        "token",
-        "pytorch_model.bin",
-        "own.py",
-        "n.txt",
-    ):
-        (out / private).parent.mkdir(parents=True, exist_ok=True)
-        (out / private).write_text(f"secret {TOKEN}")
-    return out
 
 
 class Client:
@@ -95,6 +54,10 @@ class Client:
 @pytest.fixture
 def linearize(server: Hub, tmp_path: Path) -> Client:
     return Client(server, tmp_path / "home")
+
+
+def published(folder: Path) -> Published:
+    return publish(contents(folder), folder, "ada/student", adapter_of=None, read_source=False)
 
 
 def held(server: Hub, repo: str = "ada/student", branch: str = "main") -> dict[str, bytes]:
@@ -191,7 +154,9 @@ def test_branches_and_who_may_see_it(server: Hub, linearize: Client, folder: Pat
     assert f"pushed to {server.url}/lab/student/tree/trial" in said and "(public), branch trial" in said
     assert not server.repos["lab/student"].private and held(server, "lab/student") == {}
     assert "config.json" in held(server, "lab/student", "trial")
-    assert "is public already" in linearize("push", folder, "lab/student")
+    said = linearize("push", folder, "lab/student", code=2)
+    assert "error: lab/student is public, and so would be" in said and "--public" in said
+    assert held(server, "lab/student") == {}
     server.add("ada/hidden", {}, private=True)
     linearize("push", folder, "ada/hidden", "--public")
     assert not server.repos["ada/hidden"].private
@@ -214,10 +179,12 @@ def test_what_the_hub_refuses(server: Hub, linearize: Client, folder: Path) -> N
     assert "error: the token belongs to ada, who cannot write to eve/student" in said and "ada, lab" in said
     assert "HF_HUB_OFFLINE is set" in linearize("push", folder, "ada/student", code=2, HF_HUB_OFFLINE="1")
     assert not server.repos
-    server.add("ada/bert", {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"theirs"})
-    said = linearize("push", folder, "ada/bert", code=2)
+    theirs = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"theirs"}
+    server.add("ada/bert", theirs, private=True)
+    said = linearize("push", folder, "ada/bert", "--public", code=2)
     assert "error: ada/bert holds a model that linearize did not write" in said
     assert held(server, "ada/bert")["model.safetensors"] == b"theirs"
+    assert server.repos["ada/bert"].private, "what is refused does not become public either"
     (folder / "README.md").write_text(CARD.replace("apache-2.0", "All rights reserved!"))
     said = linearize("push", folder, "ada/student", code=2)
     assert "error: the hub does not accept the metadata of README.md" in said and '"license" must be' in said
@@ -277,11 +244,29 @@ def test_folders_and_names_that_cannot_be_pushed(
     (folder / "recipe.yaml").write_text(f"model:\n  name: https://ada:{STRANGER}@example.org\n")
     said = refused(folder, "ada/x")
     assert "recipe.yaml, line 2, has a token of the hub in it" in said and STRANGER not in said
+    assert "the message has a token" in refused(folder, "ada/x", "--message", STRANGER)
+    assert "is no name of a branch" in refused(folder, "ada/x", "--revision", "../main")
+    assert "is no branch" in refused(folder, "ada/x", "--revision", "refs/pr/1")
+    for content in (b"", b"just a text", b"a: [", b"\xff\xfe"):
+        (folder / "recipe.yaml").write_bytes(content)
+        said = refused(folder, "ada/x")
+        assert "recipe.yaml" in said and ("remove it" in said)
     (folder / "recipe.yaml").unlink()
+    (folder / "README.md").write_bytes(b"# Un mod\xe8le\n")
+    assert "README.md is not UTF-8 (line 1); save it as UTF-8" in refused(folder, "ada/x")
+    (folder / "README.md").write_bytes(b"---\nmodel-index: 3\n---\n")
+    assert "the metadata at the top of README.md cannot be read" in refused(folder, "ada/x")
+    (folder / "README.md").unlink()
+    report = dict.fromkeys(("student", "teacher", "settings", "environment"), 1)
+    (folder / "r.json").write_text(json.dumps({"model": "student", **report}))
+    assert "r.json looks like a report of `linearize evaluate`" in refused(folder, "ada/x")
+    (folder / "r.json").unlink()
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], "../../.ssh/id_rsa")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "is no safetensors file beside it" in refused(folder, "ada/x")
+    (folder / "model.safetensors.index.json").write_text("{")
+    assert "model.safetensors.index.json is damaged" in refused(folder, "ada/x")
     (folder / "model.safetensors.index.json").unlink()
     assert "pickled weights (.bin), which are never read" in refused(folder, "ada/x")
 
@@ -293,8 +278,9 @@ def test_a_report_beside_the_checkpoint_goes_along_and_into_the_card(folder: Pat
     said: list[str] = []
     hub_module.push(folder, "ada/student", dry_run=True, say=said.append)
     assert "copa.json" in said[0].partition("not sent")[0] and "notes.json" in said[0].partition("not sent")[2]
-    card = hub_module._card(contents(folder), "ada/student", None, online=False)
-    assert card is not None
+    assert "acc 0.75 on copa" in said[0]
+    card = published(folder).files["README.md"]
+    assert isinstance(card, bytes)
     Report("demo", student, None, None, {}, {}).to_json(folder / "base.json")
     assert "base.json" in contents(folder).left_out, "it is about another model"
     (result,) = ModelCard(card.decode()).data.eval_results or []
@@ -306,9 +292,8 @@ def test_no_token_is_ever_shown_or_written(server: Hub, linearize: Client, folde
     linearize("doctor", "--online", **loud)
     linearize("push", folder, "ada/student", **loud)
     linearize("push", folder, "eve/student", code=2, **loud)
-    server.garbled = True
-    assert "Traceback" in linearize("push", folder, "ada/broken", code=1, **loud)
-    server.garbled = False
+    broken = "import linearize.hub; linearize.hub._operations = None; "
+    assert "Traceback" in linearize("push", folder, "ada/broken", code=1, before=broken, **loud)
     server.drop = lambda put: 10
     server.blobs.clear()
     linearize("push", folder, "ada/dropped", code=2, before=IMPATIENT, **loud)
@@ -336,6 +321,18 @@ def test_convert_looks_at_the_hub_first_and_pushes_last(
 
     def fail(*_: object) -> str:
         raise UserError("no network")
+
+    def interrupt(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub_module, "push", interrupt)
+    assert main(line) == 130
+    assert "The checkpoint is complete; push it with: linearize push out ada/student" in capsys.readouterr().err
+    done.clear()
+    assert main([*line, "layers=LLLLS"]) == 2 and not done, "a recipe that does not fit leaves no repository"
+    assert main([*line, f"data.source=https://{STRANGER}@x/a.txt"]) == 2 and not done
+    said = capsys.readouterr().err
+    assert "the recipe has a token of the hub in it" in said and STRANGER not in said
 
     monkeypatch.setattr(hub_module, "push", fail)
     assert main(line) == 2
