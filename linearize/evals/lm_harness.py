@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from linearize.errors import UserError, did_you_mean
 from linearize.evals.items import Items, items_of
@@ -62,7 +67,7 @@ def lm_eval_tasks(
     names = expand(tasks)
     manager = _task_manager(names, include_path)
     try:
-        with evaluating(model):
+        with evaluating(model), own_random_numbers():
             found = simple_evaluate(
                 model=in_memory(model, tokenizer, batch_size),
                 tasks=names,
@@ -78,6 +83,20 @@ def lm_eval_tasks(
             "or ask questions of your own with --tasks-from"
         ) from error
     return _read(found, tasks)
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Inside the context the global random numbers of Python, numpy and torch may be seeded, as the harness does;
+    afterwards they go on as if nothing had been.
+    """
+    ours, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
 
 
 def _read(found: dict[str, Any], asked: Sequence[str]) -> TaskResults:

@@ -152,8 +152,20 @@ def run_out_of_memory(model: Any, beyond: int) -> Any:
 
 def test_memory_that_holds_not_even_one_row_is_an_error(student: Any, pico_tokenizer: Any, tasks: Path) -> None:
     run_out_of_memory(student, beyond=5)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match=r"one row of \d+ tokens does not fit into .* memory of cpu; load"):
         run(in_memory(student, pico_tokenizer, "auto"), tasks)
+    with pytest.raises(UserError, match=r"3 rows of a task do not fit .* choose a smaller batch_size, or auto"):
+        run(in_memory(student, pico_tokenizer, 3), tasks)
+
+
+def test_a_batch_that_does_not_fit_is_halved_from_the_rows_that_there_are(
+    student: Any, pico_tokenizer: Any, tasks: Path
+) -> None:
+    lm = in_memory(student, pico_tokenizer, "auto")
+    lm.tokens = 2**20
+    failures = run_out_of_memory(student, beyond=100)
+    run(lm, tasks)
+    assert lm.tokens <= 128 and failures.count <= 8, "two million tokens halved to 128 would be 13 failures"
 
 
 def test_an_error_that_is_not_about_memory_is_not_tried_again(student: Any, pico_tokenizer: Any, tasks: Path) -> None:

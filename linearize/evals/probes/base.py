@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, ValidationError
 
-from linearize.errors import UserError
+from linearize.errors import UserError, did_you_mean
+from linearize.evals.probe_groups import GROUPS
 from linearize.evals.text import windows_of
 from linearize.evals.views import Bars, Number, View
-from linearize.registry import find, known_family
+from linearize.registry import find, keys, known_family
 from linearize.schema import Strict, user_error
 
 
@@ -141,7 +142,12 @@ def probe_of(settings: str | Mapping[str, Any], where: str = "probes") -> Probe:
     values = {"type": settings} if isinstance(settings, str) else dict(settings)
     if not isinstance(values.get("type"), str):
         raise UserError(f"{where} must be names of probes, or {{type: name, ...}}, got {settings!r}")
-    found = find("evals.probes", values["type"], Probe)
+    key = values["type"]
+    if ":" not in key and key not in (known := keys("evals.probes")):
+        hint = did_you_mean(key, [*known, *GROUPS])
+        groups = " and ".join(sorted(GROUPS))
+        raise UserError(f"unknown probe {key!r}{hint}; {groups} are groups of them; `module:Class` names your own")
+    found = find("evals.probes", key, Probe)
     try:
         return found(found.Config.model_validate(values))
     except ValidationError as error:
