@@ -132,6 +132,24 @@ def test_an_interrupted_conversion_says_how_to_go_on(
     assert capsys.readouterr().err == f"\ninterrupted; go on with: {command}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--output", "a b.json"], "; go on with: linearize evaluate demo --output 'a b.json'"),
+        (["--output=b.json"], "; go on with: linearize evaluate demo --output=b.json"),
+        ([], "; with --output FILE, the same command would go on where it was stopped"),
+    ],
+)
+def test_an_interrupted_evaluation_says_how_to_go_on(
+    arguments: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from linearize.cli import evaluate
+
+    monkeypatch.setattr(evaluate, "run", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert entry.main(["evaluate", "demo", *arguments]) == 130
+    assert capsys.readouterr().err == f"\ninterrupted{remedy}\n"
+
+
 def test_other_interruptions_have_nothing_to_resume(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
