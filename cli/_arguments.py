@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
+from importlib.abc import SourceLoader
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -82,6 +85,17 @@ names.__name__ = "list of names"
 positive.__name__ = "positive number"
 from_zero.__name__ = "number from 0"
 positive_or_auto.__name__ = "positive number or auto"
+
+
+def take_defaults(parser: argparse.ArgumentParser, module: str, function: str) -> None:
+    """Give the arguments the defaults of the function's keywords; read from its source, for an import takes seconds."""
+    found = importlib.util.find_spec(module)
+    source = found.loader.get_source(module) if found and isinstance(found.loader, SourceLoader) else None
+    assert source is not None, module
+    nodes = {node.name: node.args for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    pairs = zip(nodes[function].kwonlyargs, nodes[function].kw_defaults, strict=True)
+    defaults = {key.arg: ast.literal_eval(value) for key, value in pairs if isinstance(value, ast.Constant | ast.Tuple)}
+    parser.set_defaults(**{a.dest: defaults[a.dest] for a in parser._actions if a.dest in defaults})
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         default=[512, 2048, 8192],
         metavar="N,N",
-        help="tokens (default: 512,2048,8192)",
+        help="tokens of the prompts",
     )
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="rows (default: 1)")
-    parser.add_argument("--decode-tokens", type=positive, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs (default: 3)")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="rows")
+    parser.add_argument("--decode-tokens", type=positive, default=32, metavar="N", help="tokens to decode")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="timed runs")
     parser.add_argument(
         "--dtype",
         metavar="NAME",
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1024,
         metavar="N",
-        help="tokens per row of the training steps of the recipe's stages; 0 times none (default: 1024)",
+        help="tokens per row of the training steps of the recipe's stages; 0 times none",
     )
     parser.add_argument(
         "--drafts",
         type=int,
         default=0,
         metavar="N",
-        help="also decode held-out text of the checkpoint's recipe with N tokens drafted at a time (default: 0, not)",
+        help="also decode held-out text of the checkpoint's recipe with N tokens drafted at a time, if not 0",
     )
     parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
     add_trust(parser)

@@ -10,12 +10,20 @@ import argparse
 import functools
 import sys
 
-from linearize.cli._arguments import add_trust, from_zero, names, numbers, positive, positive_or_auto, probes
+from linearize.cli._arguments import (
+    add_trust,
+    from_zero,
+    names,
+    numbers,
+    positive,
+    positive_or_auto,
+    probes,
+    take_defaults,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments; those not given take the defaults of `linearize.evaluate`."""
-    parser.argument_default = argparse.SUPPRESS
+    """Declare the command's arguments, with the defaults of `linearize.evaluate`."""
     parser.add_argument("path", metavar="PATH", help="folder or hub name of a checkpoint, or a model alias")
     parser.add_argument(
         "--teacher",
@@ -25,11 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=names, metavar="A,B", help="lm-evaluation-harness tasks or groups")
     parser.add_argument("--include-path", metavar="DIR", help="folder with lm-evaluation-harness task files")
     parser.add_argument("--tasks-from", metavar="DIR", help="folder of questions in .jsonl files, each a task")
-    parser.add_argument("--num-fewshot", type=from_zero, metavar="N", help="examples in the prompts of tasks")
-    parser.add_argument("--limit", type=positive, metavar="N", help="questions per task")
-    parser.add_argument("--text", metavar="SOURCE", help="held-out text: demo, a file or a hub dataset")
-    parser.add_argument("--split", metavar="NAME", help="split of that text")
-    parser.add_argument("--lengths", type=numbers, metavar="N,N", help="context lengths of the loss in tokens")
+    parser.add_argument(
+        "--num-fewshot", type=from_zero, metavar="N", help="examples in the prompts of tasks (default: each task's own)"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="questions per task (default: all)")
+    parser.add_argument(
+        "--text",
+        metavar="SOURCE",
+        help="held-out text: demo, a file or a hub dataset (default: that of the checkpoint's recipe, else demo)",
+    )
+    parser.add_argument("--split", metavar="NAME", help="split of that text (default: that of the recipe, else dev)")
+    parser.add_argument(
+        "--lengths",
+        type=numbers,
+        metavar="N,N",
+        help="context lengths of the loss in tokens (default: the training length and twice that)",
+    )
     parser.add_argument("--windows", type=positive, metavar="N", help="windows of text per length")
     parser.add_argument("--no-recall", dest="recall", action="store_false", help="ask no recall questions")
     parser.add_argument("--recall-items", type=positive, metavar="N", help="questions per recall case")
@@ -48,12 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", dest="sample_prompt", metavar="TEXT", help="a prompt to continue greedily")
     parser.add_argument(
-        "--batch-size", type=positive_or_auto, metavar="N", help="rows per forward, or auto (for tasks)"
+        "--batch-size", type=positive_or_auto, metavar="N", help="rows per forward; auto: in tasks, what memory holds"
     )
-    parser.add_argument("--dtype", metavar="NAME", help="type of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="type of the weights of both models (default: the checkpoint's)"
+    )
     parser.add_argument("--device", metavar="NAME", help="default: a GPU if there is one")
-    parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the report there as JSON; the same command goes on where it was stopped"
+    )
     add_trust(parser)
+    take_defaults(parser, "linearize.evals.evaluate", "evaluate")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -65,5 +89,5 @@ def run(arguments: argparse.Namespace) -> None:
         options["teacher"] = False
     say = functools.partial(print, file=sys.stderr, flush=True)
     print(evaluate(options.pop("path"), **options, say=lambda what: say(f"measuring {what}")).table())
-    if "output" in options:
+    if options["output"] is not None:
         print(f"\nreport written to {options['output']}")

@@ -12,15 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("path", metavar="PATH", help="folder or hub name of a checkpoint, or a model alias")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="tokens to write")
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="X",
-        help="sample at this temperature (default: 0, greedy)",
+        help="sample at this temperature; 0 takes the likeliest token",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
     parser.add_argument(
         "--teacher", action="store_true", help="use the source model's softmax attention on the same weights"
     )

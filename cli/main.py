@@ -30,6 +30,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` lists what is possible")
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that tells the default of every option, unless its text does, as where the value depends on something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if "default:" in text or isinstance(default, bool) or default in (None, argparse.SUPPRESS, "", [], ()):
+            return text
+        shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
 def commands() -> list[str]:
     """Names of the commands: the files of this folder."""
     folder = importlib.import_module("linearize.cli").__path__
@@ -73,7 +84,7 @@ def _dispatch(argv: list[str]) -> None:
     parser = Parser(
         prog=f"linearize {name}",
         description=command.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     command.add_arguments(parser)
@@ -98,9 +109,13 @@ def _overview() -> str:
 
 def _remedy(argv: list[str]) -> str:
     """How to go on after an interruption, for the command that can."""
-    if argv[:1] != ["convert"]:
+    again = argv
+    if argv[:1] == ["convert"]:
+        again = argv if "--resume" in argv else [*argv, "--resume"]
+    elif argv[:1] != ["evaluate"]:
         return ""
-    again = argv if "--resume" in argv else [*argv, "--resume"]
+    elif not any(argument.partition("=")[0] == "--output" for argument in argv):
+        return "; with --output FILE, the same command would go on where it was stopped"
     return f"; go on with: {shlex.join(['linearize', *again])}"
 
 

@@ -15,8 +15,8 @@ from linearize.cli._arguments import add_trust, positive
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("path", metavar="PATH", help="folder or hub name of a checkpoint, or a model alias")
-    parser.add_argument("--host", default="localhost", metavar="NAME", help="address to listen on (default: localhost)")
-    parser.add_argument("--port", type=positive, default=8000, metavar="N", help="default: 8000")
+    parser.add_argument("--host", default="localhost", metavar="NAME", help="address to listen on")
+    parser.add_argument("--port", type=positive, default=8000, metavar="N", help="port to listen on")
     parser.add_argument("--dtype", default="auto", metavar="NAME", help="type of the weights (default: as saved)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="default: a GPU if there is one")
     add_trust(parser)

@@ -12,12 +12,28 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from torch import nn
+
 from linearize.errors import UserError
 from linearize.families.base import Family
+from linearize.registry import known_family
 
 Policy = Literal["keep", "yarn", "linear", "theta"]
 FULL = "full_attention"
 """The kind of layers whose positions change where kinds have their own; those with sliding windows see near tokens."""
+
+
+def learned(model: Any) -> int | None:
+    """How many positions a model has that learned a table of them and has none beyond; None where positions go on, as
+    rotary ones do.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    family = known_family(model.config)
+    if limit is None or (family is not None and family.rotary is not None):
+        return None
+    words = getattr(model, "get_input_embeddings", lambda: None)()
+    tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)
+    return limit if any(limit <= rows <= limit + 2 for rows in tables) else None  # OPT's begins two rows later
 
 
 def extended(

@@ -7,6 +7,7 @@ packs the result.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def _open_files(files: list[Path], part: str, folder: Path) -> tuple[Any, list]:
     options = {"sample_by": "document"} if files[0].suffix == ".txt" else {}
     rows = datasets.load_dataset(
         _LOADERS[files[0].suffix],
-        data_files=[str(file.resolve()) for file in files],
+        data_files=[glob.escape(str(file.resolve())) for file in files],  # patterns, to datasets
         split=f"train{part}",
         cache_dir=str(folder),
         **options,

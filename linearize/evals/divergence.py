@@ -69,7 +69,9 @@ def divergence_by_position(
             for i in range(0, length - 1, step):
                 at = slice(i, i + step)
                 log_t, log_s = (x[:, at].float().log_softmax(-1) for x in (expected, found))
-                kl[at] += (log_t.exp() * (log_t - log_s)).sum(-1).double().sum(0).cpu()
-                same[at] += (log_t.argmax(-1) == log_s.argmax(-1)).double().sum(0).cpu()
+                apart = (log_t.exp() * (log_t - log_s)).sum(-1).double()
+                alike = (log_t.argmax(-1) == log_s.argmax(-1)).double()
+                kl[at] += apart.sum(0).cpu()
+                same[at] += alike.where(~apart.isnan(), torch.nan).sum(0).cpu()  # of NaN the first is the largest
             count += len(ids)
     return kl / count, same / count

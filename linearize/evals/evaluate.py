@@ -22,8 +22,10 @@ import linearize
 from linearize.data import DataConfig
 from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.config import EvalConfig
+from linearize.evals.finite import nulled
 from linearize.evals.local_tasks import local_tasks
-from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
+from linearize.evals.parts import Parts, files_made_of, model_made_of, named_files, text_made_of
 from linearize.evals.probe_views import as_text, probe_views
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
@@ -31,6 +33,7 @@ from linearize.evals.task_groups import GROUPS
 from linearize.hf.folder import read_mapping, recipe_in
 from linearize.hf.load import hub_file, load
 from linearize.model_names import resolve_model
+from linearize.positions import learned
 from linearize.schema import user_error
 
 DEFAULT_LENGTH = 2048
@@ -51,19 +54,20 @@ class Report:
     """Versions, device and data type."""
 
     def table(self) -> str:
-        """Metrics as rows; teacher, student and difference as columns; then a table for each view of the probes."""
+        """Metrics as rows; teacher, student and difference as columns; then tables of the probes."""
         names = [f"student: {self.model}" if self.teacher else f"model: {self.model}"]
         names += [f"teacher: {self.teacher_model}"] if self.teacher else []
         measured = {"student" if self.teacher else "model": self.student}
         measured |= {"teacher": self.teacher} if self.teacher else {}
-        views, missing = probe_views(measured, trusted=False)
+        views, missing = probe_views(measured, trusted=False, brief=True)
         parts = ["\n".join(names), side_by_side(self.student, self.teacher), *map(as_text, views), *missing]
         return "\n\n".join(parts)
 
     def to_json(self, path: str | Path) -> None:
         """Write the report; folders are created."""
         check_target(path)
-        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+        data = nulled(dataclasses.asdict(self))
+        write_whole(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Report:
@@ -113,7 +117,8 @@ def evaluate(
         tasks: lm-evaluation-harness tasks, and groups of them, such as commonsense or mmlu.
         text: "demo", a file or a hub dataset. Default: the text of the checkpoint's recipe, else "demo".
         split: split of that source. Default: that of the recipe, else "dev".
-        lengths: context lengths of the loss. Default: the training length and twice that.
+        lengths: context lengths of the loss. Default: the training length and twice that, at most as many as there are
+            learned positions.
         windows: windows of text per length, evenly spaced.
         recall: cases [(facts, tokens in between)], True for the usual ones, False for none.
         recall_items: questions per case.
@@ -127,8 +132,9 @@ def evaluate(
         num_fewshot: examples in the prompts of tasks. Default: each task's own choice.
         limit: examples per lm-eval task.
         batch_size: rows per forward; "auto": tasks take what memory holds, other measurements 4.
-        output: JSON file for the report.
-        dtype: data type of the weights, such as float32; "auto" is the checkpoint's.
+        output: JSON file for the report. What is finished is kept beside it meanwhile, so that the same call goes on
+            where it was stopped.
+        dtype: data type of the weights of both models, such as float32; "auto" is that of the checkpoint at `path`.
         device: where to run. Default: a GPU if there is one.
         trust_remote_code: import mixers of your own that the checkpoint names as `module:Class`; see `linearize.load`.
         say: receives what is being measured, a line each.
@@ -150,11 +156,10 @@ def evaluate(
     data = DataConfig.model_validate(recipe["data"]) if "data" in recipe else None
     told = recipe.get("evaluation") or {}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    config = _config(
+    asked = _config(
         text=text or told.get("text"),
         split=split or told.get("split", "dev"),
-        lengths=list(lengths or _lengths(data, model.config)),
+        lengths=list(lengths or ()),
         windows=windows,
         recall=recall if isinstance(recall, bool) else list(recall),
         recall_items=recall_items,
@@ -167,12 +172,16 @@ def evaluate(
         sample_prompt=sample_prompt,
         batch_size=batch_size,
     )
+    model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    config = asked.model_copy(update={"lengths": asked.lengths or _lengths(data, model)})
+    check_lengths(model, config.lengths)
     token_ids = eval_tokens(config, tokenizer, data)
     environment = _environment(model)
+    weights = environment["dtype"].removeprefix("torch.")
     vocabulary = tokenizer.get_vocab()
 
     def load_teacher() -> tuple[Any, Any]:
-        model, tokenizer = load(resolve_model(str(teacher)), dtype=dtype, device=device)
+        model, tokenizer = load(resolve_model(str(teacher)), dtype=weights, device=device)
         if tokenizer.get_vocab() != vocabulary:
             raise UserError(
                 f"{teacher} and {name} have different tokenizers, their losses per token cannot be compared; "
@@ -188,8 +197,24 @@ def evaluate(
         told_length = config.lengths[0] if data is None else data.seq_len
         settings: dict[str, Any] = {"config": config, "token_ids": token_ids, "seq_len": told_length}
 
+        made_of: dict[str, Any] = {}
+        if output is not None:
+            folders_of_tasks = [Path(folder) for folder in (tasks_from, include_path) if folder is not None]
+            files = [*named_files(config.probes), *(f for folder in folders_of_tasks for f in folder.rglob("*"))]
+            made_of = {
+                "model": model_made_of(resolve_model(name)),
+                "teacher": model_made_of(resolve_model(str(teacher))) if teacher else None,
+                "settings": config.model_dump(mode="json", exclude={"batch_size"}),  # which changes no result
+                "seq_len": told_length,
+                "text": text_made_of(token_ids),
+                "files": files_made_of(files),
+                "environment": environment,
+            }
+        parts = Parts(output, made_of, say)
+
         def take(who: str, model: Any, tokenizer: Any, beside: Any = None) -> Measurement:
             options = {**settings, "include_path": paths, "teacher": beside}
+            options["keep"] = lambda part, measured: parts.take(f"{who}: {part}", measured)
             return measure(model, tokenizer, **options, say=lambda what: say(f"{who}: {what}"))
 
         together = divergence or any(probe_of(probe).needs_teacher for probe in config.probes)
@@ -207,6 +232,7 @@ def evaluate(
     )
     if output is not None:
         report.to_json(output)
+        parts.remove()
     return report
 
 
@@ -227,10 +253,12 @@ def _config(**values: Any) -> EvalConfig:
         raise user_error(error, "", EvalConfig.model_fields) from None
 
 
-def _lengths(data: DataConfig | None, config: Any) -> list[int]:
-    if data is not None:
-        return [data.seq_len, 2 * data.seq_len]
-    return [min(DEFAULT_LENGTH, getattr(config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))]
+def _lengths(data: DataConfig | None, model: Any) -> list[int]:
+    """The training length and twice that, as far as a table of positions reaches; without a recipe, one length."""
+    if data is None:
+        return [min(DEFAULT_LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))]
+    limit = learned(model) or 2 * data.seq_len
+    return list(dict.fromkeys(min(length, limit) for length in (data.seq_len, 2 * data.seq_len)))
 
 
 def _environment(model: Any) -> dict[str, str]:

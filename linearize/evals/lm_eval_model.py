@@ -41,6 +41,8 @@ class LinearizeLM(HFLM):
             larger; halved whenever a batch does not fit.
         max_batch_size: most rows of an automatic batch.
         device: default: a GPU if there is one.
+        softmax_dtype: type of the log-probabilities. In bfloat16, which `HFLM` takes from the weights, sums of them are
+            so coarse that options tie, and a tie counts for the first one.
         options: further options of `HFLM`, such as dtype, max_length or trust_remote_code.
 
     Raises:
@@ -54,6 +56,7 @@ class LinearizeLM(HFLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        softmax_dtype: str = "float32",
         **options: Any,
     ):
         refused = [name for name in LOADING if options.get(name)]
@@ -66,12 +69,14 @@ class LinearizeLM(HFLM):
         if isinstance(pretrained, str):
             pretrained = resolve_model(pretrained)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(pretrained, backend="causal", batch_size=batch_size, device=device, **options)
+        options |= {"backend": "causal", "softmax_dtype": softmax_dtype, "device": device}
+        super().__init__(pretrained, batch_size=batch_size, **options)
         self.max_batch_size = max_batch_size
         self.tokens = _most_tokens(self.model) if self.batch_size == "auto" else 0
         self._longest: int | None = None
-        self._most_rows = 0
+        self._requests = 0
         self._batch = (0, 0)  # first row and size of the batch being gathered
+        self._tried = (0, 0)  # rows and length of the last automatic batch
 
     def _create_model(
         self,
@@ -96,47 +101,81 @@ class LinearizeLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts in nats, in windows of `max_length`."""
-        self._longest = min(self.max_length, max((len(self.tok_encode(r.args[0])) for r in requests), default=1))
+        self._longest, self._requests = self._longest_of(requests), self.tokens  # one text can have many windows
         return self._until_it_fits(super().loglikelihood_rolling, requests, disable_tqdm)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, prompts padded on the left."""
-        self._longest = min(self.max_length, max((len(self.tok_encode(r.args[0])) for r in requests), default=1))
+        self._longest, self._requests = self._longest_of(requests), len(requests)
         return self._until_it_fits(super().generate_until, requests, disable_tqdm)
 
+    def _longest_of(self, requests: list) -> int:
+        return min(self.max_length, max((len(self.tok_encode(r.args[0])) for r in requests), default=1))
+
     def _until_it_fits(self, run: Callable[..., list], requests: list, disable_tqdm: bool) -> list:
-        """Run the requests, again with half as many tokens a batch when memory runs out; the longest come first."""
+        """Run the requests, again with half the tokens of the batch that did not fit; the longest come first.
+
+        Raises:
+            UserError: when a batch of one row, or of the size that was asked for, does not fit.
+        """
         while True:
-            self._most_rows, self._batch = 0, (0, 0)
+            self._batch, self._tried = (0, 0), (0, 0)
             try:
                 return run(requests, disable_tqdm=disable_tqdm)
             except RuntimeError as error:
-                if self._most_rows <= 1 or not should_reduce_batch_size(error):
+                if not out_of_memory(error):
                     raise
+            # Outside of `except` the error is gone, and with it the frames that hold the batch's tensors.
             clear_device_cache(garbage_collection=True)
-            self.tokens //= 2
+            rows, length = self._tried
+            if rows <= 1:
+                raise UserError(self._too_large(length))
+            self.tokens = rows * length // 2
 
-    def _rows(self, length: int) -> int:
-        rows = max(1, min(self.tokens // max(1, length), self.max_batch_size or self.tokens))
-        self._most_rows = max(self._most_rows, rows)
+    def _too_large(self, length: int) -> str:
+        memory = f"what is left of the memory of {self.device}"
+        if length == 0 and self.batch_size != 1:
+            return f"{self.batch_size} rows of a task do not fit into {memory}; choose a smaller batch_size, or auto"
+        row = f"one row of {length} tokens" if length else "one row of a task"
+        return (
+            f"{row} does not fit into {memory}; load the weights in bfloat16, give fewer examples in the prompts "
+            "(num_fewshot), or take another device"
+        )
+
+    def _rows(self, length: int, most: int) -> int:
+        """Rows of an automatic batch of that many tokens a row, of at most so many rows that there are."""
+        rows = max(1, min(self.tokens // max(1, length), self.max_batch_size or most, most))
+        self._tried = (rows, length)
         return rows
 
     def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
         """Of the harness's automatic batches of one size, for whole texts and for generation."""
-        return self._rows(self._longest or self.max_length)
+        return self._rows(self._longest or self.max_length, self._requests)
 
     def _batch_scheduler(self, pos: int, requests: Sequence) -> int:
         """Rows of the batch that request number `pos`, in order of falling length, belongs to."""
         first, size = self._batch
         if not first <= pos < first + size:
             _, context, continuation = requests[pos]
-            self._batch = (pos, self._rows(min(self.max_length, len(context) + len(continuation) - 1)))
+            length = min(self.max_length, len(context) + len(continuation) - 1)
+            self._batch = (pos, self._rows(length, len(requests) - pos))
         return self._batch[1]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch could avoid the error: what torch's allocators, CUDA itself and its libraries say."""
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
+    )
 
 
 def _most_tokens(model: Any) -> int:
     """Padded tokens whose logits fit into half of the memory that is free."""
     device = model.device
+    clear_device_cache()  # what earlier measurements left in the allocator is free too
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     vocabulary = model.config.get_text_config().vocab_size
     fitting = free // 2 // (vocabulary * 4 * LOGIT_COPIES)

@@ -6,12 +6,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from linearize.errors import UserError, did_you_mean
+from linearize.evals.finite import watching
 from linearize.evals.items import Asked, Items, items_of
 from linearize.evals.task_groups import GROUPS, asked_groups, expand, group_mean, leaves
 from linearize.evals.text import evaluating
@@ -30,6 +37,8 @@ class TaskResults:
     """The tasks of each group."""
     asked: dict[str, Asked] = field(default_factory=dict)
     """How each task and group was asked."""
+    broken: list[str] = field(default_factory=list)
+    """Tasks, and groups of them, without a score, because predictions were NaN or infinite: their metrics are NaN."""
 
 
 def lm_eval_tasks(
@@ -64,7 +73,7 @@ def lm_eval_tasks(
     names = expand(tasks)
     manager = _task_manager(names, include_path)
     try:
-        with evaluating(model):
+        with evaluating(model), own_random_numbers(), watching(model) as broken:
             found = simple_evaluate(
                 model=in_memory(model, tokenizer, batch_size),
                 tasks=names,
@@ -74,12 +83,18 @@ def lm_eval_tasks(
                 bootstrap_iters=1000,
                 log_samples=True,
             )
+            lost = broken()
+    except OverflowError as error:
+        raise UserError(
+            f"a perplexity among {', '.join(names)} is too large for a number ({error}): the model finds some text "
+            "next to impossible; leave out tasks that report one"
+        ) from error
     except ConnectionError as error:
         raise UserError(
             f"the questions of {', '.join(names)} could not be fetched: {error}; check the network and HF_HUB_OFFLINE, "
             "or ask questions of your own with --tasks-from"
         ) from error
-    return _read(found, tasks, _own(manager, include_path))
+    return _read(found, tasks, _own(manager, include_path), lost)
 
 
 def _own(manager: Any, include_path: str | Path | Sequence[str | Path] | None) -> set[str]:
@@ -89,22 +104,41 @@ def _own(manager: Any, include_path: str | Path | Sequence[str | Path] | None) -
     return {name for name, file in files.items() if any(Path(file).resolve().is_relative_to(f) for f in folders)}
 
 
-def _read(found: dict[str, Any], asked: Sequence[str], own: set[str]) -> TaskResults:
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Inside the context the global random numbers of Python, numpy and torch may be seeded, as the harness does;
+    afterwards they go on as if nothing had been.
+    """
+    ours, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
+
+
+def _read(found: dict[str, Any], asked: Sequence[str], own: set[str], lost: bool) -> TaskResults:
     scores = {task: _metrics(values) for task, values in found["results"].items()}
     groups = asked_groups(asked) | leaves(found["group_subtasks"])
+    broken = [task for task, kept in found["samples"].items() if lost and any(map(_is_broken, kept))]
+    broken += [group for group, members in groups.items() if not {*members}.isdisjoint(broken)]
+    scores |= {task: dict.fromkeys(scores[task], math.nan) for task in broken if task in scores}
     for group, members in groups.items():
         mean = group_mean(members, scores)
         if mean is not None and not scores.get(group):
             scores[group] = {"mean": mean}
     delimiters = {task: config.get("target_delimiter", " ") for task, config in found["configs"].items()}
-    items = {task: items_of(kept, scores[task], delimiters[task]) for task, kept in found["samples"].items()}
+    samples = {task: kept for task, kept in found["samples"].items() if task not in broken}
+    answered = {task: items_of(kept, scores[task], delimiters[task]) for task, kept in samples.items()}
     scores = {task: scores[task] for task in (*groups, *scores) if scores.get(task)}
     told = {
         task: Asked(n["effective"], n["original"], found["n-shot"].get(task), task in own)
         for task, n in found["n-samples"].items()
     }
     told |= {group: _together([told[task] for task in members if task in told]) for group, members in groups.items()}
-    return TaskResults(scores, {task: answers for task, answers in items.items() if answers is not None}, groups, told)
+    items = {task: answers for task, answers in answered.items() if answers is not None}
+    return TaskResults(scores, items, groups, told, [task for task in broken if task in scores])
 
 
 def _together(asked: Sequence[Asked]) -> Asked:
@@ -116,6 +150,21 @@ def _together(asked: Sequence[Asked]) -> Asked:
         shots.pop() if len(shots) == 1 else None,
         any(each.own for each in asked),
     )
+
+
+def _is_broken(sample: dict[str, Any]) -> bool:
+    """Whether a likelihood behind an answer is no number; of written text nobody knows, and a broken model wrote it."""
+    return any(
+        isinstance(value, str) or (isinstance(value, float) and math.isnan(value)) for value in _flat(sample["resps"])
+    )
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    if isinstance(values, list | tuple):
+        for value in values:
+            yield from _flat(value)
+    else:
+        yield values
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> Any:

@@ -8,6 +8,7 @@ for `lm_eval --include_path OUT` or `linearize evaluate --include-path OUT`.
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -175,7 +176,7 @@ def _task(path: Path) -> dict[str, Any]:
     task = {
         "task": path.stem,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
+        "dataset_kwargs": {"data_files": {"test": glob.escape(str(path.resolve()))}},  # datasets reads a pattern
         "test_split": "test",
         **kind.settings,
     }

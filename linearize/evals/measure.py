@@ -7,9 +7,10 @@ JSON and back. Put the call inside `linearize.swap.teacher_path(model)` to measu
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,105 +18,28 @@ import torch
 
 from linearize.data import DataConfig, read_tokens, tokens_of
 from linearize.errors import UserError
-from linearize.evals.agreement import Agreement, agreement
+from linearize.evals.agreement import agreement
 from linearize.evals.config import EvalConfig
-from linearize.evals.divergence import Divergence, divergence_on_text
-from linearize.evals.items import Asked, Items
+from linearize.evals.divergence import divergence_on_text
+from linearize.evals.finite import BROKEN, nulled, places, watching
 from linearize.evals.lm_harness import lm_eval_tasks
-from linearize.evals.probes.base import Subject, probe_of
-from linearize.evals.recall_score import CASES, RecallScore, generate_greedily, padding_id, recall
-from linearize.evals.task_groups import main_metric
-from linearize.evals.text import BranchLoss, TextLoss, branch_losses, evaluating, loss_on_text
+from linearize.evals.measurement import Measurement
+from linearize.evals.probes.base import Probe, Subject, probe_of
+from linearize.evals.recall_score import CASES, generate_greedily, padding_id, recall
+from linearize.evals.text import branch_losses, evaluating, loss_on_text
+from linearize.positions import learned
 from linearize.registry import known_family
 from linearize.swap import swapped, teacher_path
 
+__all__ = ["Measurement", "eval_tokens", "measure"]
+
+logger = logging.getLogger(__name__)
 TEXT_TOKENS = 2_000_000
 """Tokens of evaluation text that are read at most; windows are spread over them."""
 
 
-@dataclass
-class Measurement:
-    """Everything measured on one model at one point."""
-
-    losses: list[TextLoss] = field(default_factory=list)
-    branches: list[BranchLoss] = field(default_factory=list)
-    recall: list[RecallScore] = field(default_factory=list)
-    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
-    """{task or group: {metric: value}} from the lm-evaluation-harness."""
-    groups: dict[str, list[str]] = field(default_factory=dict)
-    """The tasks of each group among them."""
-    items: dict[str, Items] = field(default_factory=dict)
-    """The answers to each question of tasks that are right or wrong, to compare models question by question."""
-    asked: dict[str, Asked] = field(default_factory=dict)
-    """How each task and group was asked; empty in measurements that are older than this."""
-    prompt: str | None = None
-    sample: str | None = None
-    """What the model wrote after `prompt`, greedily."""
-    divergence: list[Divergence] = field(default_factory=list)
-    """From the teacher's predictions."""
-    probes: list[dict[str, Any]] = field(default_factory=list)
-    """`{"probe": settings, "result": plain data}` of each further measurement that was asked for and fits the model."""
-    agreement: list[Agreement] = field(default_factory=list)
-    """Of an encoder with its softmax teacher."""
-    tokens: int = 0
-    """Training tokens used up to this point."""
-    seconds: float = 0.0
-    """Wall-clock seconds of training up to this point."""
-    notes: list[str] = field(default_factory=list)
-    """What a reader must know to read the numbers right."""
-
-    def loss(self, length: int) -> float | None:
-        """Nats per token at `length`, None if not measured."""
-        return next((point.loss for point in self.losses if point.length == length), None)
-
-    def position_loss(self, length: int, first: int, end: int) -> float | None:
-        """Nats per token at positions first <= p < end of windows of `length`, None if not measured."""
-        buckets = (bucket for point in self.losses if point.length == length for bucket in point.by_position)
-        return next((loss for a, b, loss in buckets if (a, b) == (first, end)), None)
-
-    def branch_loss(self, branch: str, length: int) -> float | None:
-        """Nats per token with `branch` off, None if not measured."""
-        return next((b.loss for b in self.branches if (b.branch, b.length) == (branch, length)), None)
-
-    def recall_rate(self, facts: int, distance: int) -> float | None:
-        """Share of right answers, None if not measured."""
-        return next((r.exact_match for r in self.recall if (r.facts, r.distance) == (facts, distance)), None)
-
-    def diverges(self, length: int) -> Divergence | None:
-        """Divergence from the teacher at `length`, None if not measured."""
-        return next((found for found in self.divergence if found.length == length), None)
-
-    def agrees(self, length: int) -> Agreement | None:
-        """Agreement with the teacher at `length`, None if not measured."""
-        return next((found for found in self.agreement if found.length == length), None)
-
-    def main_metrics(self, task: str) -> list[str]:
-        """The metric of `task` that tables show; all of them if it has none of the usual ones."""
-        main = main_metric(self.tasks[task])
-        if main is not None and "," not in main:
-            return [main]
-        return [name for name in self.tasks[task] if "_stderr" not in name]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Measurement:
-        """The inverse of `to_dict`, also after a trip through JSON."""
-        losses = [
-            TextLoss(**{**point, "by_position": tuple((a, b, loss) for a, b, loss in point["by_position"])})
-            for point in values["losses"]
-        ]
-        branches = [BranchLoss(**loss) for loss in values["branches"]]
-        scores = [RecallScore(**score) for score in values["recall"]]
-        agree = [Agreement(**found) for found in values.get("agreement", [])]
-        diverge = [Divergence(**found) for found in values.get("divergence", [])]
-        lists = {"losses": losses, "branches": branches, "recall": scores, "agreement": agree, "divergence": diverge}
-        items = {task: Items(**answers) for task, answers in values.get("items", {}).items()}
-        asked = {task: Asked(**how) for task, how in values.get("asked", {}).items()}
-        tasks: dict[str, Any] = {"items": items, "asked": asked}
-        return cls(**{**values, **lists, **tasks})
+Keep = Callable[[str, Callable[[], Measurement]], Measurement]
+"""Receives the name of a part and what takes it, and returns what was found, now or before."""
 
 
 def measure(
@@ -129,6 +53,7 @@ def measure(
     has_teacher: bool = False,
     teacher: Any = None,
     say: Callable[[str], Any] = lambda text: None,
+    keep: Keep = lambda name, take: take(),
 ) -> Measurement:
     """Take the measurements that `config` asks for.
 
@@ -139,66 +64,84 @@ def measure(
         include_path: folders with lm-eval task files.
         has_teacher: whether `linearize.swap.teacher_path` makes the source model of it, to be compared with.
         teacher: the source model, where it is another one in memory.
-        say: receives the name of each measurement before it is taken.
+        say: receives the name of each part before it is taken.
+        keep: may give a part that was taken before; parts do not depend on each other.
+
+    Raises:
+        UserError: for lengths beyond a table of positions, and what the measurements raise.
     """
     lengths = list(config.lengths) or [seq_len]
-    scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.rows}
+    check_lengths(model, lengths)
     result = Measurement(notes=_length_notes(model, lengths))
+    source = _source_of(model, has_teacher, teacher)
+    subject = Subject(
+        model=model, tokenizer=tokenizer, text=token_ids, seq_len=seq_len, batch_size=config.rows, teacher=source
+    )
+    for name, take in _parts(subject, config, lengths, include_path, teacher):
+        result.add(keep(name, partial(_taken, name, take, say)))
+    return result
+
+
+def check_lengths(model: Any, lengths: Sequence[int]) -> None:
+    """Raise a UserError for windows that a model with a table of positions cannot read."""
+    limit = learned(model)
+    beyond = [length for length in lengths if limit is not None and length > limit]
+    if beyond:
+        raise UserError(
+            f"lengths: {', '.join(map(str, beyond))} is beyond the {limit} positions of this model, which are "
+            f"learned and end there; choose lengths up to {limit}"
+        )
+
+
+def _taken(name: str, take: Callable[[], Measurement], say: Callable[[str], Any]) -> Measurement:
+    """A part, with a note if any of its numbers is none."""
+    say(name)
+    found = take()
+    told = dataclasses.asdict(dataclasses.replace(found, tasks={}, probes=[]))  # those have notes of their own
+    bad, n = places(told)
+    if bad:
+        found.notes.append(f"{name}: {bad} of {n} numbers are not finite and left out: {BROKEN}")
+    for note in found.notes:
+        if BROKEN in note:
+            logger.warning("%s", note)
+    return found
+
+
+Part = tuple[str, Callable[[], Measurement]]
+
+
+def _parts(subject: Subject, config: EvalConfig, lengths: list[int], include_path: Any, teacher: Any) -> Iterator[Part]:
+    """Name of each part that is asked for and fits the model, and what takes it."""
+    model, source, text = subject.model, subject.teacher, subject.text
+    scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.rows}
     family = known_family(model.config)
     if family is not None and not family.causal:
-        return _measure_encoder(result, model, config, token_ids, lengths, scoring)
-    say("losses")
-    result.losses = [loss_on_text(model, token_ids, length=length, **scoring) for length in lengths]
-    source = _source_of(model, has_teacher, teacher)
+        yield "agreement", lambda: _agreement(model, config, text, lengths, scoring)
+        return
+    yield "losses", lambda: Measurement(losses=[loss_on_text(model, text, length=n, **scoring) for n in lengths])
     if source is not None and config.divergence:
-        say("divergence from the teacher")
-        result.divergence = [divergence_on_text(model, source, token_ids, length=n, **scoring) for n in lengths]
+        apart = partial(divergence_on_text, model, source, text, **scoring)
+        yield "divergence from the teacher", lambda: Measurement(divergence=[apart(length=n) for n in lengths])
     if config.branches:
-        say("branches")
-        result.branches = branch_losses(model, token_ids, lengths=lengths, **scoring)
+        yield "branches", lambda: Measurement(branches=branch_losses(model, text, lengths=lengths, **scoring))
     if config.recall:
-        say("recall")
-        cases = CASES if config.recall is True else config.recall
-        result.recall = recall(
-            model,
-            tokenizer,
-            token_ids,
-            cases,
-            items_per_case=config.recall_items,
-            batch_size=config.rows,
-        )
-        result.notes += [
-            f"recall of {r.facts} fact(s) over {r.distance} tokens was not asked: {r.skipped}"
-            for r in result.recall
-            if r.skipped
-        ]
+        yield "recall", lambda: _recall(subject, config)
     if config.tasks:
-        say(f"tasks {', '.join(config.tasks)}")
-        found = lm_eval_tasks(
-            model,
-            tokenizer,
-            config.tasks,
-            include_path=include_path,
-            limit=config.limit,
-            batch_size=config.batch_size,
-            num_fewshot=config.num_fewshot,
-        )
-        result.tasks, result.items, result.groups = found.scores, found.items, found.groups
-        result.asked = found.asked
-    if config.probes:
-        subject = Subject(
-            model=model,
-            tokenizer=tokenizer,
-            text=token_ids,
-            seq_len=seq_len,
-            batch_size=config.rows,
-            teacher=source,
-        )
-        result.probes = _probed(subject, config.probes, result.notes, say)
+        yield f"tasks {', '.join(config.tasks)}", lambda: _tasks(subject, config, include_path)
+    asked: list[str] = []
+    for values in config.probes:
+        probe = probe_of(values)
+        if _fits(probe, subject):
+            asked.append(values["type"])
+            number = f" ({n})" if (n := asked.count(values["type"])) > 1 else ""
+            yield f"probe {values['type']}{number}", partial(_probed, probe, subject, teacher)
     if config.sample_prompt is not None:
-        result.prompt = config.sample_prompt
-        result.sample = continuation(model, tokenizer, config.sample_prompt, config.sample_tokens)
-    return result
+        yield "sample", partial(_sample, subject, config.sample_prompt, config.sample_tokens)
+
+
+def _fits(probe: Probe, subject: Subject) -> bool:
+    mixers = any(not layer.teacher for layer in swapped(subject.model).values())
+    return not (probe.needs_teacher and subject.teacher is None) and not (probe.needs_mixers and not mixers)
 
 
 def _source_of(model: Any, has_teacher: bool, teacher: Any) -> Callable[[], AbstractContextManager[Any]] | None:
@@ -214,31 +157,72 @@ def _as_teacher(model: Any) -> Iterator[Any]:
         yield model
 
 
-def _probed(
-    subject: Subject, settings: list[dict[str, Any]], notes: list[str], say: Callable[[str], Any]
-) -> list[dict[str, Any]]:
-    found = []
-    mixers = any(not layer.teacher for layer in swapped(subject.model).values())
-    for values in settings:
-        probe = probe_of(values)
-        if (probe.needs_teacher and subject.teacher is None) or (probe.needs_mixers and not mixers):
-            continue
-        say(f"probe {values['type']}")
-        with evaluating(subject.model):
-            result = probe.run(subject)
-        notes += [f"{values['type']}: {note}" for note in result.get("notes", [])]
-        found.append({"probe": probe.config.model_dump(mode="json"), "result": result})
+def _agreement(model: Any, config: EvalConfig, text: torch.Tensor, lengths: list[int], scoring: dict) -> Measurement:
+    """Of an encoder."""
+    found = Measurement()
+    if any(not layer.teacher for layer in swapped(model).values()):
+        found.agreement = [agreement(model, text, length=length, **scoring) for length in lengths]
+    if config.recall or config.tasks or config.sample_prompt or config.probes:
+        found.notes.append("an encoder writes nothing, so recall, tasks, probes and samples were not measured")
     return found
 
 
-def _measure_encoder(
-    result: Measurement, model: Any, config: EvalConfig, text: torch.Tensor, lengths: list[int], scoring: dict
-) -> Measurement:
-    if any(not layer.teacher for layer in swapped(model).values()):
-        result.agreement = [agreement(model, text, length=length, **scoring) for length in lengths]
-    if config.recall or config.tasks or config.sample_prompt or config.probes:
-        result.notes.append("an encoder writes nothing, so recall, tasks, probes and samples were not measured")
-    return result
+def _recall(subject: Subject, config: EvalConfig) -> Measurement:
+    cases = CASES if config.recall is True else config.recall
+    assert not isinstance(cases, bool)
+    how = {"items_per_case": config.recall_items, "batch_size": config.rows}
+    scores = recall(subject.model, subject.tokenizer, subject.text, cases, **how)
+    what = {True: "has no result", False: "was not asked"}
+    notes = [
+        f"recall of {r.facts} fact(s) over {r.distance} tokens {what[r.n > 0]}: {r.skipped}"
+        for r in scores
+        if r.skipped
+    ]
+    return Measurement(recall=scores, notes=notes)
+
+
+def _tasks(subject: Subject, config: EvalConfig, include_path: Any) -> Measurement:
+    found = lm_eval_tasks(
+        subject.model,
+        subject.tokenizer,
+        config.tasks,
+        include_path=include_path,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        num_fewshot=config.num_fewshot,
+    )
+    notes = [f"tasks: {', '.join(found.broken)} have no score: {BROKEN}"] if found.broken else []
+    return Measurement(tasks=found.scores, items=found.items, groups=found.groups, asked=found.asked, notes=notes)
+
+
+def _probed(probe: Probe, subject: Subject, teacher: Any) -> Measurement:
+    key = probe.config.type
+    with evaluating(subject.model), watching(subject.model, teacher) as broken:
+        result: dict[str, Any] | None = probe.run(subject)
+        lost = broken()
+    assert result is not None
+    notes = [f"{key}: {note}" for note in result.get("notes", [])]
+    if lost and not probe.tells_broken:
+        result = None
+        notes = [f"{key} has no result: {BROKEN}"]
+    bad, n = places(result)
+    if bad:
+        notes.append(f"{key}: {bad} of {n} numbers are not finite and left out: {BROKEN}")
+    return Measurement(probes=[{"probe": probe.config.model_dump(mode="json"), "result": nulled(result)}], notes=notes)
+
+
+def _sample(subject: Subject, prompt: str, tokens: int) -> Measurement:
+    limit = learned(subject.model)
+    length = len(subject.tokenizer(prompt)["input_ids"])
+    if limit is not None:
+        tokens = min(tokens, limit - length)
+    if tokens < 1:
+        return Measurement(notes=[f"the prompt was not continued: it has {length} tokens, the model {limit} positions"])
+    with watching(subject.model) as broken:
+        text = continuation(subject.model, subject.tokenizer, prompt, tokens)
+        if broken():
+            return Measurement(notes=[f"the prompt was not continued: {BROKEN}"])
+    return Measurement(prompt=prompt, sample=text)
 
 
 def eval_tokens(config: EvalConfig, tokenizer: Any, data: DataConfig | None = None) -> torch.Tensor:

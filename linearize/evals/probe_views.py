@@ -7,7 +7,8 @@ view as a table.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from linearize.errors import UserError
@@ -17,20 +18,25 @@ from linearize.evals.table import NOTHING, grid, union
 from linearize.evals.views import Bars, HeatMap, Lines, Table, View
 from linearize.registry import find
 
-ROWS = 16
-"""Rows of a table of curves; of more points it has as many, evenly chosen."""
+ROWS = 8
+"""Points of a curve in a table; of more it has as many, evenly chosen."""
 
 
-def probe_views(measurements: Mapping[str, Measurement], *, trusted: bool) -> tuple[list[View], list[str]]:
+def probe_views(
+    measurements: Mapping[str, Measurement], *, trusted: bool, brief: bool = False
+) -> tuple[list[View], list[str]]:
     """The views of all probes, and why some have none.
 
     Args:
         measurements: name of a model -> what was measured on it.
         trusted: whether results may name probes as `module:Class`, which imports code.
+        brief: take what is meant for terminals, `Probe.summary`.
     """
     grouped: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, measurement in measurements.items():
         for probe in measurement.probes:
+            if probe["result"] is None:
+                continue
             settings = {key: value for key, value in probe["probe"].items() if key != "type"}
             grouped.setdefault((probe["probe"]["type"], json.dumps(settings)), {})[name] = probe["result"]
     views: list[View] = []
@@ -41,14 +47,22 @@ def probe_views(measurements: Mapping[str, Measurement], *, trusted: bool) -> tu
         except UserError as error:
             missing.append(f"the probe {key} was measured, but cannot be shown: {error}")
             continue
-        views += found.views(results)
+        views += found.summary(results) if brief else found.views(results)
     return views, union(missing)
 
 
 def as_text(view: View) -> str:
-    """A view as a title, a Markdown table and its note."""
+    """A view as a title, a Markdown table and its note; the numbers of a column have as many decimals."""
     header, rows = _cells(view)
-    body = grid(header, [[_text(cell) for cell in row] for row in rows]) if rows else "nothing was measured"
+    columns = list(zip(*rows, strict=True))
+    if not isinstance(view, Table):  # all of one kind
+        shared = decimals(cell for column in columns[1:] for cell in column)
+        texts = (
+            [list(map(str, columns[0])), *([number(cell, shared) for cell in c] for c in columns[1:])] if rows else []
+        )
+    else:
+        texts = [[number(cell, decimals(column)) for cell in column] for column in columns]
+    body = grid(header, list(zip(*texts, strict=True))) if rows else "nothing was measured"
     return "\n\n".join([view.title, body, *([view.note] if view.note else [])])
 
 
@@ -65,10 +79,24 @@ def _cells(view: View) -> tuple[list[str], Sequence[Sequence[Any]]]:
     curves = {name: dict(points) for name, points in view.series.items()}
     at = sorted(set().union(*curves.values()))
     chosen = at if len(at) <= ROWS else [at[i * (len(at) - 1) // (ROWS - 1)] for i in range(ROWS)]
+    if len(curves) > ROWS:  # a row for each curve, such as one a layer
+        return [view.x_label, *(f"{x:,g}" for x in chosen)], [[k, *map(v.get, chosen)] for k, v in curves.items()]
     return [view.x_label, *curves], [[f"{x:,g}", *(curve.get(x) for curve in curves.values())] for x in chosen]
 
 
-def _text(cell: Any) -> str:
+def decimals(cells: Iterable[Any]) -> int:
+    """Digits behind the point with which the largest of some numbers has three or four that tell something."""
+    largest = max((abs(cell) for cell in cells if isinstance(cell, float)), default=0.0)
+    if largest == 0.0:
+        return 0
+    magnitude = math.floor(math.log10(largest))
+    return min(2 - magnitude, 6) if magnitude < -1 else max(3 - max(magnitude, 0), 0)
+
+
+def number(cell: Any, digits: int) -> str:
+    """A cell with that many digits behind the point; one so small that nothing would be left of it in powers of ten."""
     if cell is None:
         return NOTHING
-    return f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
+    if not isinstance(cell, float):
+        return f"{cell:,}" if isinstance(cell, int) else str(cell)
+    return f"{cell:.0e}" if cell and abs(cell) < 0.5 * 10.0**-digits else f"{cell:,.{digits}f}"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from linearize.evals.recall import RecallItem, make_prompt
+from linearize.evals.finite import BROKEN, watching
+from linearize.evals.recall import LEAD, RecallItem, make_prompt
 from linearize.evals.statistics import wilson
 from linearize.evals.text import evaluating
 
@@ -33,7 +34,7 @@ class RecallScore:
     distance: int
     """Tokens between fact and question."""
     exact_match: float | None
-    """Share of answers whose digits are all right; None when the case was skipped."""
+    """Share of answers whose digits are all right; None when the case has no result."""
     n: int
     """Questions asked."""
     low: float | None = None
@@ -41,7 +42,7 @@ class RecallScore:
     high: float | None = None
     """Its upper end."""
     skipped: str | None = None
-    """Why the case was not asked."""
+    """Why the case was not asked, or has no result."""
 
 
 def recall(
@@ -56,8 +57,9 @@ def recall(
 ) -> list[RecallScore]:
     """Ask `items_per_case` questions for each (facts, distance) of `cases`.
 
-    A case whose prompts do not fit into the model's `max_position_embeddings` is skipped, and its row says
-    so. The questions depend on `seed` and the case alone.
+    A case whose prompts do not fit into the model's `max_position_embeddings`, or whose filler is longer than the text,
+    is skipped, and its row says so; one with predictions that are not finite has no result. The questions depend on
+    `seed` and the case alone.
 
     Args:
         filler_tokens: [N] ordinary text in which the facts are hidden.
@@ -66,6 +68,9 @@ def recall(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     scores = []
     for facts, distance in cases:
+        if reason := _too_far(distance, limit, len(filler)):
+            scores.append(RecallScore(facts, distance, None, 0, skipped=reason))
+            continue
         rng = random.Random(f"{seed}:{facts}:{distance}")
         items = [make_prompt(tokenizer, filler, facts, distance, rng) for _ in range(items_per_case)]
         needed = max(len(item.input_ids) + len(item.answer_ids) for item in items)
@@ -73,10 +78,23 @@ def recall(
             reason = f"needs {needed} tokens of context, the model has {limit}"
             scores.append(RecallScore(facts, distance, None, 0, skipped=reason))
             continue
-        right = sum(_count_right(model, tokenizer, items[i : i + batch_size]) for i in range(0, len(items), batch_size))
+        batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+        with watching(model) as broken:
+            right = sum(_count_right(model, tokenizer, batch) for batch in batches)
+            if broken():
+                scores.append(RecallScore(facts, distance, None, len(items), skipped=BROKEN))
+                continue
         low, high = wilson(right, len(items))
         scores.append(RecallScore(facts, distance, right / len(items), len(items), low, high))
     return scores
+
+
+def _too_far(distance: int, positions: int | None, filler: int) -> str | None:
+    """Why no question fits, None where one may."""
+    needed = LEAD + distance
+    if positions is not None and needed > positions:
+        return f"needs more than {needed} tokens of context, the model has {positions}"
+    return f"needs {needed} tokens of text around the facts, the text has {filler}" if needed > filler else None
 
 
 def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], *, tokens: int, pad: int) -> list[list[int]]:

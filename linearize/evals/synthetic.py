@@ -55,6 +55,7 @@ class SyntheticProbe(Probe):
     """Heading of the views."""
     axis: ClassVar[str] = "case"
     """What the cases are: the rows of the heat map, and a key of the result's cells."""
+    tells_broken = True
     smallest: ClassVar[int | None] = None
     """The smallest `size` of a task whose own material grows with the length; None where the filler alone grows."""
 
@@ -136,6 +137,21 @@ class SyntheticProbe(Probe):
         return [*maps, Table(cls.title, notes, columns=["model", "length", cls.axis, *KEYS], rows=rows)]
 
     @classmethod
+    def summary(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
+        """One table: cases as rows, models and lengths as columns."""
+        cells = {(name, cell["length"], cell[cls.axis]): cell for name, r in results.items() for cell in r["cells"]}
+        tops = dict.fromkeys(key[:2] for key in cells)
+        cases = dict.fromkeys(key[2] for key in cells)
+        rows = [[str(case), *(_both(cells.get((*top, case))) for top in tops)] for case in cases]
+        chances, counts = ({cell[key] for cell in cells.values()} for key in ("chance", "n"))
+        note = (
+            f"Written / found likeliest, shares of {' or '.join(map(str, sorted(counts)))} questions; guessing finds "
+        )
+        note += " to ".join(f"{chance:.2f}" for chance in sorted({*(f(chances, default=0.0) for f in (min, max))}))
+        names = [f"{name} {length:,}" if len(results) > 1 else f"{length:,}" for name, length in tops]
+        return [Table(cls.title, f"{note}." if cells else "", columns=[f"{cls.axis} \\ tokens", *names], rows=rows)]
+
+    @classmethod
     def _heat_map(cls, name: str, cells: Sequence[Mapping[str, Any]]) -> HeatMap:
         lengths = sorted({cell["length"] for cell in cells})
         cases = list(dict.fromkeys(cell[cls.axis] for cell in cells))
@@ -149,6 +165,13 @@ class SyntheticProbe(Probe):
             y=[f"{case}" for case in cases],
             values=[[scores.get((case, length)) for length in lengths] for case in cases],
         )
+
+
+def _both(cell: Mapping[str, Any] | None) -> str | None:
+    """Both scores of a cell."""
+    if cell is None or cell["generated"] is None:
+        return None
+    return f"{cell['generated']:.2f} / {cell['likelihood']:.2f}"
 
 
 class DepthProbe(SyntheticProbe):

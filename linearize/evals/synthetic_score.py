@@ -7,6 +7,7 @@ so that a recurrent state is tested as it is used. Only prompts of equal length 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from linearize.evals.finite import watching
 from linearize.evals.probes.base import Subject
 from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
@@ -59,18 +61,25 @@ class Score:
 
 
 def score(subject: Subject, items: Sequence[Item]) -> Score:
-    """Ask all `items`; batches of `subject.batch_size` change speed and memory, not the result."""
+    """Ask all `items`; batches of `subject.batch_size` change speed and memory, not the result.
+
+    Where a prediction is not finite, all but `n` and `chance` are NaN.
+    """
     generated, right, nats, tokens = [], 0, 0.0, 0
-    for batch in batches_of(items, subject.batch_size):
-        texts = _continue(subject, batch)
-        generated += [matched(text, item.references) for text, item in zip(texts, batch, strict=True)]
-        for item, found in zip(batch, log_likelihoods(subject.model, batch), strict=True):
-            right += all(found[0] > other for other in found[1:])
-            nats -= found[0]
-            tokens += len(item.candidates[0])
+    chance = fmean(1 / len(item.candidates) for item in items)
+    with watching(subject.model) as broken:
+        for batch in batches_of(items, subject.batch_size):
+            texts = _continue(subject, batch)
+            generated += [matched(text, item.references) for text, item in zip(texts, batch, strict=True)]
+            for item, found in zip(batch, log_likelihoods(subject.model, batch), strict=True):
+                right += all(found[0] > other for other in found[1:])
+                nats -= found[0]
+                tokens += len(item.candidates[0])
+        if broken():
+            lost = dict.fromkeys(("generated", "low", "high", "likelihood", "nats"), math.nan)
+            return Score(n=len(items), chance=chance, **lost)
     mean = fmean(generated)
     low, high = wilson(mean * len(items), len(items))
-    chance = fmean(1 / len(item.candidates) for item in items)
     return Score(len(items), mean, low, high, right / len(items), chance, nats / tokens)
 
 

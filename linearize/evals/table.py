@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from linearize.evals.items import HEADER, compare, comparison_rows
@@ -114,8 +115,9 @@ def _samples(points: Sequence[tuple[str, Measurement]]) -> str:
 
 
 def _notes(points: Sequence[tuple[str, Measurement]]) -> str:
-    notes = union(note for _, m in points for note in m.notes)
-    return "".join(f"\n\nNote: {note}" for note in notes)
+    who = {note: [name for name, m in points if note in m.notes] for _, m in points for note in m.notes}
+    shown = {note: "" if len(names) == len(points) else f" on {', '.join(names)}" for note, names in who.items()}
+    return "".join(f"\n\nNote{names}: {note}" for note, names in shown.items())
 
 
 def case_name(case: tuple[int, int]) -> str:
@@ -128,7 +130,9 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def number(value: float | None, sign: str = "") -> str:
-    return NOTHING if value is None else f"{round(value, 3) + 0.0:{sign}.3f}"  # + 0.0: no minus before a zero
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return f"{round(value, 3) + 0.0:{sign}.3f}"  # + 0.0: no minus before a zero
 
 
 def percent(value: float | None) -> str:

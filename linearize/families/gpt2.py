@@ -47,7 +47,7 @@ class GPT2(Family):
 
     @classmethod
     def output(cls, attn: Any, heads: torch.Tensor) -> torch.Tensor:
-        return attn.resid_dropout(attn.c_proj(heads))
+        return attn.resid_dropout(attn.c_proj(heads.contiguous()))  # Conv1D takes a view
 
     @classmethod
     def dropout(cls, config: Any) -> float:

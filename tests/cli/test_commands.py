@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from trainable import make_recipe
 import linearize
 from linearize.cli._arguments import probes
 from linearize.cli.main import main
+from linearize.evals.evaluate import evaluate as evaluate_function
 from linearize.recipe import Recipe
 
 
@@ -102,7 +104,7 @@ def test_convert_makes_a_checkpoint(
     assert main([*line, "--resume"]) == 0
 
 
-def test_evaluate_leaves_defaults_to_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_has_the_defaults_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Nothing:
@@ -118,9 +120,11 @@ def test_evaluate_leaves_defaults_to_the_function(monkeypatch: pytest.MonkeyPatc
     assert main(["evaluate", "folder"]) == 0
     line = "evaluate folder --teacher none --tasks a,b --no-recall --lengths 8,16 --limit 3 --no-branches"
     assert main([*line.split(), "--prompt", "x y"]) == 0
+    signature = inspect.signature(evaluate_function).parameters
+    defaults = {name: p.default for name, p in signature.items() if name not in ("path", "say")}
     options = {"teacher": False, "tasks": ["a", "b"], "recall": False, "branches": False}
     options |= {"lengths": [8, 16], "limit": 3, "sample_prompt": "x y"}
-    assert calls == [("folder", {}), ("folder", options)]
+    assert calls == [("folder", defaults), ("folder", {**defaults, **options})]
 
 
 def test_evaluate_measures_a_checkpoint(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,33 @@ def test_help_takes_no_torch_and_less_than_a_second(arguments: list[str]) -> Non
         assert done.stdout.startswith(f"usage: linearize {arguments[0]}")
     else:
         assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_every_default_once(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        entry.main([name, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    parser = entry.Parser(prog=name, formatter_class=entry.Help)
+    entry._load(name).add_arguments(parser)
+    for action in parser._actions:
+        text = " ".join((parser._get_formatter()._expand_help(action)).split())
+        assert text in printed or not action.help
+        assert text.count("default:") <= 1
+        default = action.default
+        if action.option_strings and default not in (None, argparse.SUPPRESS, [], ()) and not isinstance(default, bool):
+            assert "default:" in text, action.option_strings
+            shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+            assert default == "auto" or text.endswith(f"(default: {shown})")
+
+
+def test_the_test_of_defaults_can_fail() -> None:
+    parser = entry.Parser(prog="x", formatter_class=entry.Help)
+    parser.add_argument("--share", type=float, default=0.5, help="in 100%% of cases")
+    parser.add_argument("--names", default=["a%", "b"], help="some")
+    parser.add_argument("--plain", help="nothing")
+    assert "in 100% of cases (default: 0.5)" in parser.format_help() and "some (default: a%,b)" in parser.format_help()
+    assert parser.format_help().count("default") == 2
 
 
 @pytest.mark.parametrize(
@@ -102,6 +130,24 @@ def test_an_interrupted_conversion_says_how_to_go_on(
     assert entry.main(arguments) == 130
     command = "linearize convert --model demo -o 'my folder' --resume"
     assert capsys.readouterr().err == f"\ninterrupted; go on with: {command}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--output", "a b.json"], "; go on with: linearize evaluate demo --output 'a b.json'"),
+        (["--output=b.json"], "; go on with: linearize evaluate demo --output=b.json"),
+        ([], "; with --output FILE, the same command would go on where it was stopped"),
+    ],
+)
+def test_an_interrupted_evaluation_says_how_to_go_on(
+    arguments: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from linearize.cli import evaluate
+
+    monkeypatch.setattr(evaluate, "run", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert entry.main(["evaluate", "demo", *arguments]) == 130
+    assert capsys.readouterr().err == f"\ninterrupted{remedy}\n"
 
 
 def test_other_interruptions_have_nothing_to_resume(

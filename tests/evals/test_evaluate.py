@@ -10,6 +10,7 @@ from linearize.errors import UserError
 from linearize.evals.evaluate import Report, evaluate
 from linearize.evals.items import Asked
 from linearize.evals.text import loss_on_text
+from linearize.hf.load import load
 
 QUICK = {"windows": 2, "recall": [(1, 30)], "recall_items": 2}
 
@@ -42,9 +43,17 @@ def test_a_converted_checkpoint_is_compared_with_its_source(folders, tmp_path, c
     assert row.split("|")[-2].strip() == f"{difference:+.3f}"
 
 
+def test_the_teacher_is_measured_in_the_type_of_the_student(folders, pico_model):
+    source, student, _ = folders
+    pico_model().bfloat16().save_pretrained(source)
+    rounded, _ = load(source, dtype="float32")
+    loss = loss_on_text(rounded, read(folders), length=128, windows=2).loss
+    assert evaluate(student, device="cpu", **QUICK).teacher.loss(128) == loss
+    assert evaluate(student, dtype="bfloat16", device="cpu", **QUICK).teacher.loss(128) != loss
+
+
 def read(folders):
     from linearize.data import read_tokens
-    from linearize.hf.load import load
 
     return read_tokens(str(folders[2]), load(folders[1])[1])
 

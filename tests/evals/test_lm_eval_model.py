@@ -152,8 +152,20 @@ def run_out_of_memory(model: Any, beyond: int) -> Any:
 
 def test_memory_that_holds_not_even_one_row_is_an_error(student: Any, pico_tokenizer: Any, tasks: Path) -> None:
     run_out_of_memory(student, beyond=5)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match=r"one row of \d+ tokens does not fit into .* memory of cpu; load"):
         run(in_memory(student, pico_tokenizer, "auto"), tasks)
+    with pytest.raises(UserError, match=r"3 rows of a task do not fit .* choose a smaller batch_size, or auto"):
+        run(in_memory(student, pico_tokenizer, 3), tasks)
+
+
+def test_a_batch_that_does_not_fit_is_halved_from_the_rows_that_there_are(
+    student: Any, pico_tokenizer: Any, tasks: Path
+) -> None:
+    lm = in_memory(student, pico_tokenizer, "auto")
+    lm.tokens = 2**20
+    failures = run_out_of_memory(student, beyond=100)
+    run(lm, tasks)
+    assert lm.tokens <= 128 and failures.count <= 8, "two million tokens halved to 128 would be 13 failures"
 
 
 def test_an_error_that_is_not_about_memory_is_not_tried_again(student: Any, pico_tokenizer: Any, tasks: Path) -> None:
@@ -186,6 +198,19 @@ def test_both_ways_agree_on_length_padding_and_type(student: Any, pico_tokenizer
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.max_length == 64 and ours.model.dtype == theirs.model.dtype
     assert ours.tok_encode("a b") == theirs.tok_encode("a b")
+
+
+def test_log_probabilities_of_bfloat16_weights_are_float32(student: Any, pico_tokenizer: Any, tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = str(export(student.bfloat16(), pico_tokenizer, tmp_path / "student"))
+    asked = [Instance("loglikelihood", {}, ("a b", f" {text}"), i) for i, text in enumerate(["c d", "d c e", "b"])]
+    ours, theirs = LinearizeLM(folder, device="cpu"), HFLM(folder, device="cpu", softmax_dtype="float32")
+    found = [value for value, _ in ours.loglikelihood(asked, disable_tqdm=True)]
+    assert ours.model.dtype == torch.bfloat16
+    assert found == [value for value, _ in theirs.loglikelihood(asked, disable_tqdm=True)]
+    assert found != torch.tensor(found).bfloat16().tolist()
 
 
 def test_options_that_load_otherwise_are_refused(tmp_path: Path) -> None:

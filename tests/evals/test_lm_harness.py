@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +56,21 @@ def test_accuracy_is_that_of_the_likelier_choice(converted, pico_tokenizer, task
     right = [choice_by_likelihood(model, pico_tokenizer, row) == row["gold"] for row in ROWS]
     assert results.scores["tiny_choice"]["acc"] == pytest.approx(sum(right) / len(ROWS))
     assert {"acc", "acc_norm", "acc_stderr"} <= set(results.scores["tiny_choice"])
+
+
+def test_random_numbers_go_on_as_if_no_task_had_run(converted, pico_tokenizer, task_folder):
+    def draws():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    def seed():
+        random.seed(7), np.random.seed(7), torch.manual_seed(7)
+
+    model = converted("lolcats")
+    seed()
+    expected = draws()
+    seed()
+    lm_eval_tasks(model, pico_tokenizer, ["tiny_choice"], include_path=task_folder)
+    assert draws() == expected
 
 
 def test_missing_folder_is_named(converted, pico_tokenizer, tmp_path):

@@ -34,6 +34,18 @@ def run(model: Any, tokenizer: Any, folder: Path, **options: Any) -> TaskResults
         return lm_eval_tasks(model, tokenizer, names, include_path=paths, **options)
 
 
+@pytest.mark.parametrize("name", ["g[1]", "a*b", "what?", "{x}"])
+def test_a_folder_may_be_called_like_a_pattern(
+    name: str, student: Any, pico_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    write_rows(tmp_path / name / "sums.jsonl", OPTIONS)
+    write_rows(tmp_path / "g1" / "sums.jsonl", OPTIONS[:1])
+    found = run(student, pico_tokenizer, tmp_path / name)
+    assert len(found.items["sums"].right) == len(OPTIONS)
+
+
 def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> tuple[float, bool]:
     """Of the continuation, token by token, after the context or the beginning-of-text token."""
     import torch

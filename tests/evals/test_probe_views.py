@@ -12,21 +12,21 @@ from linearize.evals.views import Bars, HeatMap, Lines, Table
     [
         (
             Table("Cells", "A note.", columns=["name", "n", "share"], rows=[["one", 12345, 0.25], ["two", None, 1.0]]),
-            ["| name |      n | share |", "| one  | 12,345 |  0.25 |", "| two  |      – |     1 |", "A note."],
+            ["| name |      n | share |", "| one  | 12,345 | 0.250 |", "| two  |      – | 1.000 |", "A note."],
         ),
         (
             Bars(
                 "By layer", y_label="error", labels=["layer 0", "layer 2"], series={"a": [0.5, None], "b": [1e-5, 2.0]}
             ),
-            ["| error   |   a |     b |", "| layer 0 | 0.5 | 1e-05 |", "| layer 2 |   – |     2 |"],
+            ["| error   |     a |     b |", "| layer 0 | 0.500 | 1e-05 |", "| layer 2 |     – | 2.000 |"],
         ),
         (
             HeatMap("Map", x_label="length", y_label="depth", x=["64", "128"], y=["0.5"], values=[[1.0, None]]),
-            ["| depth \\ length |  64 | 128 |", "| 0.5            |   1 |   – |"],
+            ["| depth \\ length |    64 | 128 |", "| 0.5            | 1.000 |   – |"],
         ),
         (
             Lines("Curve", x_label="tokens", y_label="nats", series={"a": [(1, 0.5), (2000, 0.25)], "b": [(1, 3.0)]}),
-            ["| tokens |    a |   b |", "| 1      |  0.5 |   3 |", "| 2,000  | 0.25 |   – |"],
+            ["| tokens |     a |     b |", "| 1      | 0.500 | 3.000 |", "| 2,000  | 0.250 |     – |"],
         ),
         (Lines("Nothing", x_label="x", y_label="y", series={}), ["nothing was measured"]),
     ],
@@ -42,6 +42,47 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     text = as_text(Lines("Curve", x_label="x", y_label="y", series={"a": points}))
     cells = [line.split("|")[1].strip() for line in text.splitlines()[4:]]
     assert len(cells) == ROWS and (cells[0], cells[-1]) == ("0", "99")
+
+
+def test_many_curves_are_rows() -> None:
+    series = {f"layer {i}": [(64.0, 0.5 * i), (128.0, 1.0)] for i in range(ROWS + 1)}
+    lines = as_text(Lines("Curves", x_label="tokens", y_label="rms", series=series)).splitlines()
+    assert lines[2] == "| tokens  |    64 |   128 |" and lines[-1] == "| layer 8 | 4.000 | 1.000 |"
+
+
+@pytest.mark.parametrize(
+    ("column", "shown"),
+    [
+        ([0.25, 1.0, 1e-9], ["0.250", "1.000", "1e-09"]),
+        ([0.0, 0.00337, -0.012], ["0.0000", "0.0034", "-0.0120"]),
+        ([12.34567, 1.0], ["12.35", "1.00"]),
+        ([123456.7, 3.0, None], ["123,457", "3", "–"]),
+        ([0.0, 0.0], ["0", "0"]),
+        ([2.5e-8], ["2e-08"]),
+        (["0.5", 3000], ["0.5", "3,000"]),
+    ],
+)
+def test_the_numbers_of_a_column_have_as_many_decimals(column: list, shown: list) -> None:
+    table = Table("Cells", columns=["row", "x"], rows=[["", cell] for cell in column])
+    assert [line.split("|")[2].strip() for line in as_text(table).splitlines()[4:]] == shown
+
+
+def test_terminals_get_one_short_table_of_a_synthetic_task() -> None:
+    def cell(length: int, depth: float, score: float | None) -> dict:
+        return {"length": length, "depth": depth, "n": 4, "generated": score, "low": 0.0, "high": 1.0} | {
+            "likelihood": score, "chance": 0.25, "nats": score
+        }  # fmt: skip
+
+    cells = [cell(length, depth, 0.5) for length in (512, 1024) for depth in (0.0, 1.0)]
+    cells[3] = cell(1024, 1.0, None)
+    settings = {"probe": {"type": "passkey"}, "result": {"axis": "depth", "cells": cells, "notes": ["a note"]}}
+    models = {"teacher": Measurement(probes=[settings]), "student": Measurement(probes=[settings])}
+    (brief,), _ = probe_views(models, trusted=False, brief=True)
+    lines = as_text(brief).splitlines()
+    assert lines[2].split("|")[1:4] == [" depth \\ tokens ", " teacher 512 ", " teacher 1,024 "]
+    assert [text.strip() for text in lines[5].split("|")[1:-1]] == ["1.0", "0.50 / 0.50", "–", "0.50 / 0.50", "–"]
+    assert lines[-1] == "Written / found likeliest, shares of 4 questions; guessing finds 0.25."
+    assert len(probe_views(models, trusted=False)[0]) == 3, "pages have heat maps and all cells"
 
 
 def test_a_probe_from_outside_is_not_imported_for_a_look():

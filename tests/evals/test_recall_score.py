@@ -77,6 +77,13 @@ def test_a_case_beyond_the_context_is_skipped_and_says_so(pico_tokenizer):
     assert far.exact_match is None and far.n == 0 and "the model has 512" in far.skipped
 
 
+def test_a_case_beyond_the_text_is_skipped_and_says_so(pico_tokenizer):
+    near, far = recall(Oracle(pico_tokenizer), pico_tokenizer, FILLER[:500], [(1, 40), (1, 1800)], items_per_case=2)
+    assert near.exact_match == 1.0
+    assert far.exact_match is None and far.n == 0
+    assert far.skipped == "needs 1824 tokens of text around the facts, the text has 500"
+
+
 PROMPTS = [[5, 6, 7], list(range(2, 22)), [9] * 11]
 
 

@@ -27,6 +27,21 @@ def test_mcnemar_sums_the_binomial(wins: int, losses: int) -> None:
     assert mcnemar_exact(wins, losses) == pytest.approx(as_uneven / 2**n)
 
 
+@pytest.mark.parametrize(("wins", "losses"), [(5000, 5100), (480, 620), (0, 900), (7, 7)])
+def test_mcnemar_of_many_questions_is_the_same_sum(wins: int, losses: int) -> None:
+    n, total, ways = wins + losses, 0, 1
+    for k in range(min(wins, losses) + 1):
+        total, ways = total + ways, ways * (n - k) // (k + 1)
+    assert mcnemar_exact(wins, losses) == pytest.approx(min(1.0, 2 * total / 2**n), rel=1e-12)
+
+
+def test_mcnemar_beyond_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [mcnemar_exact(*counts) for counts in ((3, 9), (9000, 9200), (40, 70))]
+    monkeypatch.setattr("linearize.evals.statistics.EXACT_TOSSES", 0)
+    found = [mcnemar_exact(*counts) for counts in ((3, 9), (9000, 9200), (40, 70))]
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_counts() -> None:
     student, teacher = [1, 1, 0, 0, 1], [1, 0, 1, 0, 0]
     found = Paired.of(map(bool, student), map(bool, teacher))

@@ -273,6 +273,24 @@ def test_every_walk_through_a_grammar_comes_round() -> None:
     assert min(map(len, seeds)) >= 4
 
 
+@pytest.mark.parametrize(("symbols", "order"), [(3, 2), (4, 2), (4, 3)])
+def test_a_grammar_is_not_solved_by_counting(symbols: int, order: int) -> None:
+    """A reader who knows no rule, but which symbols there are and how frequent they are, is not much above chance."""
+    import random
+    from collections import Counter
+
+    probe = probe_of({"type": "grammar", "symbols": symbols, "order": order, "gap": 0})
+    ranks: Counter[int] = Counter()
+    for seed in range(600):
+        puzzle = probe.write(random.Random(seed), "all", 5 + seed % 7)
+        counts = Counter(piece.strip() for piece in puzzle.context[1:-1])
+        assert len(counts) == symbols, "a symbol that never comes would be known for wrong"
+        (answer,) = puzzle.references
+        ranks[sorted(counts, key=lambda word: (-counts[word], word)).index(answer)] += 1
+    assert ranks[0] / 600 < 1.2 / symbols, "the most frequent one"
+    assert max(ranks.values()) / 600 < 1.2 / symbols + 0.1
+
+
 def test_the_largest_that_fits() -> None:
     assert [largest(lambda n, top=top: n <= top, 3) for top in (3, 5, 6, 7, 1000)] == [3, 5, 6, 7, 1000]
 
@@ -303,6 +321,7 @@ def test_groups_name_every_task_once() -> None:
         ({"type": "common_words", "depths": [0.5]}, "unknown key 'probes.depths'"),
         ({"type": "passkey", "depths": [1.5]}, "probes.depths.0"),
         ({"type": "babilong", "tasks": [4]}, "probes.tasks.0"),
+        ({"type": "grammar", "symbols": 2, "order": 1}, "got symbols=2 and order=1, set symbols to 3 or more"),
     ],
 )
 def test_wrong_settings_are_named(settings: Any, message: str) -> None:

@@ -15,10 +15,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, ValidationError
 
-from linearize.errors import UserError
+from linearize.errors import UserError, did_you_mean
+from linearize.evals.probe_groups import GROUPS
 from linearize.evals.text import windows_of
 from linearize.evals.views import Bars, Number, View
-from linearize.registry import find, known_family
+from linearize.positions import learned
+from linearize.registry import find, keys
 from linearize.schema import Strict, user_error
 
 
@@ -65,8 +67,7 @@ class Subject:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is None or length <= limit:
             return length, notes
-        family = known_family(self.model.config)
-        if family is None or family.rotary is None:  # a table of positions, which ends
+        if learned(self.model) is not None:
             return limit, [*notes, f"lengths end at {limit} tokens, for the model has no further positions"]
         return length, [*notes, f"positions from {limit} on are beyond those that the source model was trained for"]
 
@@ -83,6 +84,9 @@ class Probe:
     """Whether it compares with the source model; it is left out where there is none."""
     needs_mixers: ClassVar[bool] = False
     """Whether it looks into mixers; it is left out for models without."""
+    tells_broken: ClassVar[bool] = False
+    """Whether the result itself has None, or a number that is not finite, where predictions are NaN or infinite. The
+    results of other probes are dropped if any prediction was."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -91,7 +95,7 @@ class Probe:
         """Measure. The model is as it was afterwards.
 
         Returns:
-            Plain data for JSON, with finite numbers.
+            Plain data for JSON; numbers that are not finite become None, with a note.
 
         Raises:
             UserError: when the model or text does not fit the settings; the remedy names `probes`.
@@ -106,6 +110,11 @@ class Probe:
             results: name of the model -> what `run` returned.
         """
         raise NotImplementedError
+
+    @classmethod
+    def summary(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
+        """What a terminal shows of the same results: the views, where they are not too many."""
+        return cls.views(results)
 
 
 def layer_bars(
@@ -141,7 +150,12 @@ def probe_of(settings: str | Mapping[str, Any], where: str = "probes") -> Probe:
     values = {"type": settings} if isinstance(settings, str) else dict(settings)
     if not isinstance(values.get("type"), str):
         raise UserError(f"{where} must be names of probes, or {{type: name, ...}}, got {settings!r}")
-    found = find("evals.probes", values["type"], Probe)
+    key = values["type"]
+    if ":" not in key and key not in (known := keys("evals.probes")):
+        hint = did_you_mean(key, [*known, *GROUPS])
+        groups = " and ".join(sorted(GROUPS))
+        raise UserError(f"unknown probe {key!r}{hint}; {groups} are groups of them; `module:Class` names your own")
+    found = find("evals.probes", key, Probe)
     try:
         return found(found.Config.model_validate(values))
     except ValidationError as error:

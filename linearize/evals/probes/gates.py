@@ -98,6 +98,11 @@ class Gates(Probe):
             )
         return [*views, _table(results)]
 
+    @classmethod
+    def summary(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
+        """All but the single heads."""
+        return [view for view in cls.views(results) if not isinstance(view, HeatMap)]
+
 
 class _Layer:
     """What was seen of one layer's mixer, as sums that do not depend on batches."""

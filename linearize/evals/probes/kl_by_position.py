@@ -30,6 +30,7 @@ class KLByPosition(Probe):
     """KL and agreement in buckets of positions whose widths double: 1 to 63, 64 to 127, 128 to 255, ..."""
 
     Config = KLByPositionConfig
+    tells_broken = True
     needs_teacher = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
@@ -39,12 +40,7 @@ class KLByPosition(Probe):
         scoring = {"windows": self.config.windows, "batch_size": subject.batch_size}
         kl, same = divergence_by_position(subject.model, subject.teacher, subject.text, length=length, **scoring)
         buckets = [
-            {
-                "first": a,
-                "end": b,
-                "kl": float(kl[a - 1 : b - 1].mean()),
-                "same": float(same[a - 1 : b - 1].mean()),
-            }
+            {"first": a, "end": b, "kl": float(kl[a - 1 : b - 1].mean()), "same": float(same[a - 1 : b - 1].mean())}
             for a, b in pairwise(doubling_edges(length))
         ]
         return {"length": length, "buckets": buckets, "notes": notes}
@@ -54,7 +50,10 @@ class KLByPosition(Probe):
         """Both quantities over the position."""
 
         def curve(key: str) -> dict[str, list[tuple[float, float]]]:
-            return {name: [(b["end"], b[key]) for b in found["buckets"]] for name, found in results.items()}
+            return {
+                name: [(b["end"], b[key]) for b in found["buckets"] if b[key] is not None]
+                for name, found in results.items()
+            }
 
         axis: dict[str, Any] = {"x_label": "position (tokens, up to)", "log_x": True}
         return [

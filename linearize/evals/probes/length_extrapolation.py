@@ -37,6 +37,7 @@ class LengthExtrapolation(Probe):
     """Loss and rise in buckets of positions: widths double up to the training length, beyond it each is one of it."""
 
     Config = LengthExtrapolationConfig
+    tells_broken = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"seq_len", "length", "windows", "buckets", "notes"}`, a bucket `{"first", "end", "loss", "short", "rise",

@@ -57,7 +57,7 @@ class TransferError(Probe):
         layers = []
         for layer, found in sorted(sums.items()):
             error, student, reference, cosine = found.tolist()
-            assert reference > 0, f"attention of layer {layer} returns zeros"
+            assert reference != 0, f"attention of layer {layer} returns zeros"
             layers.append(
                 {
                     "layer": layer,

@@ -88,6 +88,10 @@ def test_a_probe_that_does_not_fit_is_left_out(key: str, student: Any, pico_toke
     ("probes", "message"),
     [
         (["kl_by_positon"], "unknown probe 'kl_by_positon'; did you mean 'kl_by_position'"),
+        (
+            ["recal"],
+            r"did you mean 'recall'\? known: .*, recall, .*; long and recall are groups of them;",
+        ),
         ([{"type": "kl_by_position", "lenght": 3}], "probes.0.lenght"),
         ([{"length": 3}], "probes.0 must be names of probes"),
         ("kl_by_position", "must be a list of probes"),
