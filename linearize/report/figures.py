@@ -116,7 +116,8 @@ def svg(view: View, style: Style, key: str) -> str:
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     text = re.sub(r'\bid="', f'id="{key}-', text)
     wide = float(text.partition('width="')[2].partition("pt")[0]) / 72
-    looks = f"font-family: {FONT}; max-width: {1.15 * wide:.2f}in; min-width: {0.7 * wide:.2f}in"
+    least = 0.55 if wide <= COLUMN else 0.7  # a telephone shows the one whole, and scrolls the other
+    looks = f"font-family: {FONT}; max-width: {1.15 * wide:.2f}in; min-width: {least * wide:.2f}in"
     text = text.replace("<svg ", f'<svg style="{looks}" ', 1)
     return re.sub(r'(url\(|href=")#', rf"\1#{key}-", text)
 
@@ -239,7 +240,7 @@ def _wide(width: float) -> float:
 
 def _above(value: float) -> str:
     """The number at a bar: losses differ in their third decimal."""
-    return short(value, 4 if abs(value) >= 1 else 3)
+    return f"{value:.3f}" if 1 <= abs(value) < 10 else short(value)
 
 
 def _height(series: Any, width: float = WIDTH) -> float:

@@ -47,7 +47,7 @@ th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--back); z-index: 1; }
 details th:first-child, details td:first-child { background: var(--card) !important; }
 @media (max-width: 40rem) { main, header { padding: 0 .8rem; } th, td { padding: .32rem .5rem; }
-  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5.5rem; max-width: 7.5rem; }
+  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; max-width: 8rem; }
   td.long { min-width: 12rem; } .tiles { grid-template-columns: 1fr 1fr; } figure { padding: .7rem; } }
 th.text, td.text { text-align: left; } td:first-child { font-weight: 600; }
 td.long { white-space: normal; min-width: 18rem; }
