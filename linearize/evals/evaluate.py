@@ -53,13 +53,15 @@ class Report:
     environment: dict[str, str]
     """Versions, device and data type."""
 
-    def table(self) -> str:
-        """Metrics as rows; teacher, student and difference as columns; then tables of the probes."""
+    def table(self, *, trust_remote_code: bool = False) -> str:
+        """Metrics as rows; teacher, student and difference as columns; then short tables of the probes, with
+        `trust_remote_code` also of those that the report names as `module:Class`, which imports them.
+        """
         names = [f"student: {self.model}" if self.teacher else f"model: {self.model}"]
         names += [f"teacher: {self.teacher_model}"] if self.teacher else []
         measured = {"student" if self.teacher else "model": self.student}
         measured |= {"teacher": self.teacher} if self.teacher else {}
-        views, missing = probe_views(measured, trusted=False, brief=True)
+        views, missing = probe_views(measured, trusted=trust_remote_code, brief=True)
         parts = ["\n".join(names), side_by_side(self.student, self.teacher), *map(as_text, views), *missing]
         return "\n\n".join(parts)
 
@@ -227,7 +229,11 @@ def evaluate(
         student=student_measurement,
         teacher_model=str(teacher) if teacher else None,
         teacher=teacher_measurement,
-        settings={**config.model_dump(mode="json"), "text_tokens": len(token_ids)},
+        settings={
+            **config.model_dump(mode="json"),
+            "text": config.text or (data.source if data else "demo"),
+            "text_tokens": len(token_ids),
+        },
         environment=environment,
     )
     if output is not None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from linearize.errors import UserError
 from linearize.evals.measure import Measurement
@@ -32,23 +35,83 @@ def probe_views(
         trusted: whether results may name probes as `module:Class`, which imports code.
         brief: take what is meant for terminals, `Probe.summary`.
     """
-    grouped: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for name, measurement in measurements.items():
-        for probe in measurement.probes:
-            if probe["result"] is None:
-                continue
-            settings = {key: value for key, value in probe["probe"].items() if key != "type"}
-            grouped.setdefault((probe["probe"]["type"], json.dumps(settings)), {})[name] = probe["result"]
+    kinds: dict[str, list[tuple[str, dict[str, Any], Any]]] = {}
     views: list[View] = []
     missing = []
-    for (key, _), results in grouped.items():
+    for name, measurement in measurements.items():
+        for probe in measurement.probes:
+            settings = probe.get("probe")
+            if "result" in probe and probe["result"] is None:
+                continue  # its predictions were no numbers, which the notes tell
+            if isinstance(settings, dict) and isinstance(settings.get("type"), str):
+                kinds.setdefault(settings["type"], []).append((name, settings, probe.get("result")))
+            else:
+                missing.append(f"a probe of {name} was measured, but cannot be shown: it does not say which it is")
+    for key, taken in kinds.items():
         try:
             found = find("evals.probes", key, Probe, trusted=trusted)
         except UserError as error:
             missing.append(f"the probe {key} was measured, but cannot be shown: {error}")
             continue
-        views += found.summary(results) if brief else found.views(results)
+        for suffix, results in _by_settings(found, taken):
+            shown, broken = _views_of(found.summary if brief else found.views, results)
+            views += [replace(view, title=view.title + suffix) for view in shown]
+            missing += [
+                f"the probe {key}{suffix} of {name} was measured, but cannot be shown: its result is damaged, or of "
+                f"another version of the probe ({why}); measure it again"
+                for name, why in broken.items()
+            ]
     return views, union(missing)
+
+
+def _by_settings(probe: type[Probe], taken: Sequence[tuple[str, dict[str, Any], Any]]) -> list[tuple[str, dict]]:
+    """The results by model of each group of like settings, under a suffix that says what sets it apart; none where
+    there is one group.
+    """
+    groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for name, given, result in taken:
+        settings = _complete(probe, given)
+        same = next((results for known, results in groups if known == settings), None)
+        if same is None:
+            groups.append((settings, same := {}))
+        same[name] = result
+    keys = union(key for settings, _ in groups for key in settings)
+    differing = [key for key in keys if any(s.get(key) != groups[0][0].get(key) for s, _ in groups)]
+
+    def suffix(settings: dict[str, Any]) -> str:
+        told = [f"{key}={_setting(settings.get(key))}" for key in differing]
+        return f" ({', '.join(told)})" if told else ""
+
+    return [(suffix(settings), results) for settings, results in groups]
+
+
+def _complete(probe: type[Probe], settings: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of what an older version did not have yet; as they are where they do not fit any longer."""
+    try:
+        return probe.Config.model_validate(settings).model_dump(mode="json")
+    except ValidationError:
+        return settings
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _views_of(
+    show: Callable[[dict[str, Any]], Sequence[View]], results: Mapping[str, Any]
+) -> tuple[list[View], dict[str, str]]:
+    """The views of the results that can be shown, and why the others cannot, by model."""
+    broken = {}
+    for name, result in results.items():
+        try:
+            for view in show({name: result}):
+                TypeAdapter(type(view)).validate_python(vars(view))
+        except KeyError as error:
+            broken[name] = f"it has no {error}"
+        except Exception as error:  # whatever a probe's views make of data of another version
+            broken[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    whole = {name: result for name, result in results.items() if name not in broken}
+    return (list(show(whole)) if whole else []), broken
 
 
 def as_text(view: View) -> str:

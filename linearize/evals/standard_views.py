@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from linearize.evals.measure import Measurement
-from linearize.evals.table import case_name, union
+from linearize.evals.table import case_name, percent, union
 from linearize.evals.views import Bars, Lines, Number, Table, View
 
 Measurements = Mapping[str, Measurement]
@@ -64,10 +64,10 @@ def _losses(measurements: Measurements) -> list[View]:
             "Loss by context length",
             "Held-out text, next token. Longer contexts help a model that uses them.",
             y_label="nats per token",
-            **_bars(measurements, {n: f"{n} tokens" for n in sorted(lengths)}, Measurement.loss),
+            **_bars(measurements, {n: f"{n:,} tokens" for n in sorted(lengths)}, Measurement.loss),
         ),
         Lines(
-            f"Loss by position in {longest} tokens",
+            f"Loss by position in {longest:,} tokens",
             "A curve that stops falling where others go on belongs to a model that does not reach further back.",
             x_label="position (tokens, up to)",
             y_label="nats per token",
@@ -91,7 +91,7 @@ def _branches(measurements: Measurements) -> list[View]:
             "What each branch is worth",
             "Rise of the loss when a branch of all mixers is off. A linear branch at 0 or below does not help.",
             y_label="nats per token",
-            **_bars(measurements, {pair: f"{pair[0]} off, {pair[1]} tokens" for pair in pairs}, rise),
+            **_bars(measurements, {pair: f"{pair[0]} off, {pair[1]:,} tokens" for pair in pairs}, rise),
         )
     ]
 
@@ -100,7 +100,7 @@ def _divergences(measurements: Measurements) -> list[View]:
     lengths = sorted(union(found.length for m in measurements.values() for found in m.divergence))
     if not lengths:
         return []
-    labels = {n: f"{n} tokens" for n in lengths}
+    labels = {n: f"{n:,} tokens" for n in lengths}
 
     def of(key: str) -> Callable[[Measurement, int], Number]:
         return lambda m, length: getattr(m.diverges(length), key, None)
@@ -127,10 +127,10 @@ def _recall(measurements: Measurements) -> list[View]:
         return []
 
     def rate(m: Measurement, case: tuple[int, int]) -> Number:
-        return m.recall_rate(*case)
+        return None if (share := m.recall_rate(*case)) is None else 100 * share
 
     rows: list[list[str | Number]] = [
-        [name, case_name((s.facts, s.distance)), s.exact_match, s.low, s.high, str(s.n)]
+        [name, case_name((s.facts, s.distance)), *map(percent, (s.exact_match, s.low, s.high)), str(s.n)]
         for name, s in asked
         if s.exact_match is not None
     ]
@@ -139,7 +139,7 @@ def _recall(measurements: Measurements) -> list[View]:
             "Recall",
             "Facts hidden in text, asked for some tokens later. Those beyond a window are found through a state or a "
             "softmax layer, or not at all.",
-            y_label="share of right answers",
+            y_label="percent of answers right",
             **_bars(measurements, {case: f"{case_name(case)} tokens" for case in cases}, rate),
         ),
         Table(
@@ -158,7 +158,7 @@ def _agreements(measurements: Measurements) -> list[View]:
     def cosine(m: Measurement, key: tuple[str, int]) -> Number:
         return getattr(m.agrees(key[1]), key[0], None)
 
-    labels = {(kind, n): f"{kind}s, {n} tokens" for n in lengths for kind in ("embedding", "token")}
+    labels = {(kind, n): f"{kind}s, {n:,} tokens" for n in lengths for kind in ("embedding", "token")}
     return [
         Bars(
             "Agreement of the encoder with its teacher",

@@ -17,10 +17,20 @@ from pydantic import Field, PositiveInt
 from linearize.evals.probes.base import Probe, ProbeConfig, Subject
 from linearize.evals.synthetic_items import Fitter, Item, Puzzle, largest
 from linearize.evals.synthetic_score import Score, score
+from linearize.evals.table import percent
 from linearize.evals.views import HeatMap, Number, Table, View
 from linearize.schema import Count
 
 KEYS = [field.name for field in dataclasses.fields(Score)]
+SHARES = ("generated", "low", "high", "likelihood", "chance")
+"""Those of them that are shown in percent."""
+
+MAPS = 4
+"""Models up to which each has a heat map of its own."""
+LEGEND = (
+    "generated: score of the greedy continuations, low and high: its 95% interval; likelihood: how often the right "
+    "answer is likelier than each wrong one, chance: by guessing; nats: per token of the right answer."
+)
 
 
 class SyntheticConfig(ProbeConfig):
@@ -128,13 +138,40 @@ class SyntheticProbe(Probe):
     def views(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
         """A heat map of the generated score for each model, and a table of everything."""
         rows = [
-            [name, cell["length"], str(cell[cls.axis]), *(cell[key] for key in KEYS)]
+            [
+                name,
+                cell["length"],
+                str(cell[cls.axis]),
+                *(percent(cell[key]) if key in SHARES else cell[key] for key in KEYS),
+            ]
             for name, found in results.items()
             for cell in found["cells"]
         ]
         notes = "; ".join(dict.fromkeys(note for found in results.values() for note in found["notes"]))
-        maps = [cls._heat_map(name, found["cells"]) for name, found in results.items() if found["cells"]]
-        return [*maps, Table(cls.title, notes, columns=["model", "length", cls.axis, *KEYS], rows=rows)]
+        asked = {name: found["cells"] for name, found in results.items() if found["cells"]}
+        one = [cls._overview(asked)] if len(asked) > MAPS else []
+        maps = one or [cls._heat_map(name, cells) for name, cells in asked.items()]
+        told = f"{LEGEND} {notes}".strip()
+        return [*maps, Table(cls.title, told, columns=["model", "length", cls.axis, *KEYS], rows=rows)]
+
+    @classmethod
+    def _overview(cls, asked: Mapping[str, Sequence[Mapping[str, Any]]]) -> HeatMap:
+        """A row for each model, a column for each cell that any of them was asked."""
+        keys = list(dict.fromkeys((cell[cls.axis], cell["length"]) for cells in asked.values() for cell in cells))
+        keys.sort(key=lambda key: key[1])
+        scores = {
+            name: {(cell[cls.axis], cell["length"]): _written(cell) for cell in cells} for name, cells in asked.items()
+        }
+        return HeatMap(
+            cls.title,
+            "Mean score of greedy continuations, in percent.",
+            x_label=f"length (tokens) / {cls.axis}",
+            y_label="",
+            x=[f"{length:,}/{case}" for case, length in keys],
+            y=list(asked),
+            values=[[found.get(key) for key in keys] for found in scores.values()],
+            high=100.0,
+        )
 
     @classmethod
     def summary(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
@@ -144,10 +181,8 @@ class SyntheticProbe(Probe):
         cases = dict.fromkeys(key[2] for key in cells)
         rows = [[str(case), *(_both(cells.get((*top, case))) for top in tops)] for case in cases]
         chances, counts = ({cell[key] for cell in cells.values()} for key in ("chance", "n"))
-        note = (
-            f"Written / found likeliest, shares of {' or '.join(map(str, sorted(counts)))} questions; guessing finds "
-        )
-        note += " to ".join(f"{chance:.2f}" for chance in sorted({*(f(chances, default=0.0) for f in (min, max))}))
+        note = f"Written / found likeliest of {' or '.join(map(str, sorted(counts)))} questions; guessing finds "
+        note += " to ".join(percent(chance) for chance in sorted({*(f(chances, default=0.0) for f in (min, max))}))
         names = [f"{name} {length:,}" if len(results) > 1 else f"{length:,}" for name, length in tops]
         return [Table(cls.title, f"{note}." if cells else "", columns=[f"{cls.axis} \\ tokens", *names], rows=rows)]
 
@@ -155,23 +190,29 @@ class SyntheticProbe(Probe):
     def _heat_map(cls, name: str, cells: Sequence[Mapping[str, Any]]) -> HeatMap:
         lengths = sorted({cell["length"] for cell in cells})
         cases = list(dict.fromkeys(cell[cls.axis] for cell in cells))
-        scores: dict[Any, Number] = {(cell[cls.axis], cell["length"]): cell["generated"] for cell in cells}
+        scores: dict[Any, Number] = {(cell[cls.axis], cell["length"]): _written(cell) for cell in cells}
         return HeatMap(
             f"{cls.title}: {name}",
-            "Mean score of greedy continuations, 0 to 1.",
+            "Mean score of greedy continuations, in percent.",
             x_label="length (tokens)",
             y_label=cls.axis,
-            x=[f"{length}" for length in lengths],
+            x=[f"{length:,}" for length in lengths],
             y=[f"{case}" for case in cases],
             values=[[scores.get((case, length)) for length in lengths] for case in cases],
+            high=100.0,
         )
+
+
+def _written(cell: Mapping[str, Any]) -> float | None:
+    """The score of greedy continuations in percent."""
+    return None if cell["generated"] is None else 100 * cell["generated"]
 
 
 def _both(cell: Mapping[str, Any] | None) -> str | None:
     """Both scores of a cell."""
     if cell is None or cell["generated"] is None:
         return None
-    return f"{cell['generated']:.2f} / {cell['likelihood']:.2f}"
+    return f"{percent(cell['generated'])} / {percent(cell['likelihood'])}"
 
 
 class DepthProbe(SyntheticProbe):

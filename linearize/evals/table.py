@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from linearize.evals.items import HEADER, compare, comparison_rows
 from linearize.evals.measure import Measurement
@@ -59,9 +59,9 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
     columns = [m for m in (teacher, student) if m is not None]
     header = ["", "teacher", "student", "difference"] if teacher else ["", "model"]
 
-    def row(name: str, values: list[float | None]) -> list[str]:
-        cells = [name, *(number(value) for value in values)]
-        return [*cells, number(_minus(values[1], values[0]), sign="+")] if teacher else cells
+    def row(name: str, values: list[float | None], show: Callable[..., str] = number) -> list[str]:
+        cells = [name, *(show(value) for value in values)]
+        return [*cells, show(_minus(values[1], values[0]), sign="+")] if teacher else cells
 
     rows = [
         row(f"loss {length}", [m.loss(length) for m in columns]) for length in union(p.length for p in student.losses)
@@ -78,7 +78,7 @@ def side_by_side(student: Measurement, teacher: Measurement | None) -> str:
             rows.append(row(f"loss {point.length}, positions {first}-{end - 1}", values))
     for score in student.recall:
         case = (score.facts, score.distance)
-        rows.append(row(f"recall {case_name(case)}", [m.recall_rate(*case) for m in columns]))
+        rows.append(row(f"recall {case_name(case)}", [m.recall_rate(*case) for m in columns], percent))
     for task in student.tasks:
         for metric in student.main_metrics(task):
             rows.append(row(f"{task} {metric}", [m.tasks.get(task, {}).get(metric) for m in columns]))
@@ -115,9 +115,20 @@ def _samples(points: Sequence[tuple[str, Measurement]]) -> str:
 
 
 def _notes(points: Sequence[tuple[str, Measurement]]) -> str:
-    who = {note: [name for name, m in points if note in m.notes] for _, m in points for note in m.notes}
-    shown = {note: "" if len(names) == len(points) else f" on {', '.join(names)}" for note, names in who.items()}
-    return "".join(f"\n\nNote{names}: {note}" for note, names in shown.items())
+    return "".join(f"\n\nNote: {note}" for note in noted({name: m.notes for name, m in points}))
+
+
+def noted(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Each note once, behind the names of those that it is about where these are not all.
+
+    Args:
+        notes: by name.
+    """
+    found = []
+    for note in union(note for told in notes.values() for note in told):
+        names = [name for name, told in notes.items() if note in told]
+        found.append(note if len(names) == len(notes) else f"{', '.join(names)}: {note}")
+    return found
 
 
 def case_name(case: tuple[int, int]) -> str:
@@ -135,8 +146,8 @@ def number(value: float | None, sign: str = "") -> str:
     return f"{round(value, 3) + 0.0:{sign}.3f}"  # + 0.0: no minus before a zero
 
 
-def percent(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.0%}"
+def percent(value: float | None, sign: str = "") -> str:
+    return NOTHING if value is None else f"{value:{sign}.0%}"
 
 
 def union(values: object) -> list:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.measure import Measurement
 from linearize.evals.table import NOTHING, case_name, grid, number, percent, union
+from linearize.model_names import resolve_model
+from linearize.report.files import check_facts, checked, load, load_yaml, read_text
 
 
 @dataclass(frozen=True)
@@ -28,25 +30,63 @@ class Conversion:
     """`run/plan.json`: see `facts_of`."""
     points: dict[str, Measurement]
     """Measurements by the point at which they were taken, in order."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """What they were taken with: the recipe's `evaluation`, with the text that it leaves to `data`."""
+    recipe: str | None = None
+    """The resolved recipe, YAML."""
+    left_out: list[str] = field(default_factory=list)
+    """Which files of the folder are not shown, and why."""
+
+    @property
+    def last(self) -> Measurement:
+        """The newest measurement that is not the teacher's; an empty one before there is any."""
+        students = [m for name, m in self.points.items() if name != "teacher"]
+        return students[-1] if students else Measurement()
 
 
 def read_conversion(folder: str | Path) -> Conversion:
     """Read what `convert` left in `folder/run`, of a finished or a running conversion.
 
     Raises:
-        UserError: for a folder without plan or measurements.
+        UserError: for a folder without a plan, or with a damaged one; what else is missing or damaged is left out.
     """
-    run = Path(folder) / "run"
-    for name in ("plan.json", "measurements.json"):
-        if not (run / name).is_file():
-            raise UserError(
-                f"{folder} has no run/{name}; give folders that `linearize convert` wrote, with measurements"
-            )
-    points = json.loads((run / "measurements.json").read_text())
-    taken = {name: Measurement.from_dict(values) for name, values in points}
-    name = Path(folder).resolve().name
-    name = name if (Path(folder) / "config.json").is_file() else f"{name} (unfinished)"
-    return Conversion(name, json.loads((run / "plan.json").read_text()), taken)
+    folder, run = Path(folder), Path(folder) / "run"
+    if not (run / "plan.json").is_file():
+        raise UserError(f"{folder} has no run/plan.json; give folders that `linearize convert` wrote")
+    facts = check_facts(load(run / "plan.json"), run / "plan.json")
+    left_out: list[str] = []
+    points: list[tuple[str, Measurement]] = []
+    try:
+        points = _read_points(run / "measurements.json")
+    except UserError as error:
+        left_out.append(str(error))
+    recipe, evaluation = None, {}
+    if (run / "recipe.yaml").is_file():
+        try:
+            recipe = read_text(run / "recipe.yaml")
+            evaluation = _evaluation(load_yaml(recipe, run / "recipe.yaml"))
+        except UserError as error:
+            left_out.append(str(error))
+    name = folder.resolve().name
+    name = name if (folder / "config.json").is_file() else f"{name} (unfinished)"
+    return Conversion(name, facts, dict(points), evaluation, recipe, left_out)
+
+
+def _read_points(path: Path) -> list[tuple[str, Measurement]]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: nothing was measured")
+    points = checked(load(path), list[tuple[str, Measurement]], path)
+    if not points:
+        raise UserError(f"{path} is empty: nothing was measured yet")
+    return points
+
+
+def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
+    told, data = recipe.get("evaluation"), recipe.get("data")
+    if not isinstance(told, dict):
+        return {}
+    source = data.get("source") if isinstance(data, dict) else None
+    return {**told, "text": told.get("text") or source}
 
 
 def report(folders: Sequence[str | Path]) -> str:
@@ -83,7 +123,16 @@ def to_json(folders: Sequence[str | Path], path: str | Path) -> None:
 
 def write_json(found: Sequence[Conversion], path: str | Path) -> None:
     """As `to_json`, of what was read already."""
-    data = [{"name": c.name, **c.facts, "points": {name: m.to_dict() for name, m in c.points.items()}} for c in found]
+    data = [
+        {
+            "name": c.name,
+            **c.facts,
+            "points": {name: m.to_dict() for name, m in c.points.items()},
+            "evaluation": c.evaluation,
+            "recipe": c.recipe,
+        }
+        for c in found
+    ]
     check_target(path)
     if Path(path).is_file() and not _is_ours(Path(path)):
         raise UserError(f"{path} is there already and holds something else; give another name")
@@ -107,7 +156,7 @@ def _row(
     diverging: list[int],
     cases: list[tuple[int, int]],
 ) -> list[str]:
-    teacher, last = c.points.get("teacher"), list(c.points.values())[-1]
+    teacher, last = c.points.get("teacher"), c.last
     states = [size for size in c.facts["state_bytes"] if size]
     row = [c.name, c.facts["mixer"], c.facts["layers"], f"{c.facts['new_parameters']:,}"]
     row += [f"{sum(states) / len(states) / 1024:,.1f}" if states else NOTHING]
@@ -140,7 +189,7 @@ def _teachers(found: Sequence[Conversion], lengths: list[int], cases: list[tuple
 def facts_of(plan: Any) -> dict[str, Any]:
     """What a report says of a `linearize.plan.Plan`, as plain data."""
     return {
-        "source": Path(plan.source).name,
+        "source": "demo" if plan.source == resolve_model("demo") else Path(plan.source).name,
         "family": plan.family,
         "mixer": plan.mixer["type"],
         "settings": plan.mixer,

@@ -15,9 +15,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from linearize.evals.views import Bars, HeatMap, Lines, Number, View
+from linearize.evals.views import Bars, HeatMap, Lines, View
+from linearize.report.numerals import short, tick_labels
 
 INK = "#1b1f24"
 PAGE_INK = "#010203"
@@ -27,8 +28,16 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = "os^DvP"
 HATCHES = ("", "///", "+++", "xxx")  # dots would be fifty kilobytes each in an SVG
 WIDTH, HEIGHT, DPI = 6.4, 3.7, 160
+COLUMN, BOTH = 7.2, 11.4
+"""Inches up to which a figure fits one of two columns; one that does not is at least as wide as both."""
+NUMBERED, CELLS = 16, 420
+"""Bars of a figure, and cells of a heat map, up to which each has its number."""
+CROWD = 8
+"""Curves from which on a figure takes both columns."""
 MARKED = 24
 """Points of a curve up to which each has its marker."""
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+"""Of the page, and of an SVG wherever it is opened."""
 TICKS = 8
 """Lengths up to which each has its own tick."""
 SETTINGS: Any = {
@@ -103,10 +112,13 @@ def svg(view: View, style: Style, key: str) -> str:
         draw(view, style, PAGE_INK).savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(PAGE_INK, "currentColor")
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font: (?:\w+ )*([\d.]+px)[^;\"]*", r"font-size: \1", text)  # older versions of matplotlib
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     text = re.sub(r'\bid="', f'id="{key}-', text)
     wide = float(text.partition('width="')[2].partition("pt")[0]) / 72
-    text = text.replace("<svg ", f'<svg style="max-width: {1.15 * wide:.2f}in; min-width: {0.7 * wide:.2f}in" ', 1)
+    least = 0.55 if wide <= COLUMN else 0.7  # a telephone shows the one whole, and scrolls the other
+    looks = f"font-family: {FONT}; max-width: {1.15 * wide:.2f}in; min-width: {least * wide:.2f}in"
+    text = text.replace("<svg ", f'<svg style="{looks}" ', 1)
     return re.sub(r'(url\(|href=")#', rf"\1#{key}-", text)
 
 
@@ -120,12 +132,25 @@ def _axes(ink: str, width: float = WIDTH, height: float = HEIGHT) -> tuple[Figur
     axes.tick_params(colors=ink, length=3)
     axes.grid(axis="y", color=ink, alpha=0.14, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, *axes.get_ylim())))
+    axes.yaxis.set_major_formatter(Labels())
     return figure, axes
 
 
+class Labels(Formatter):
+    """`tick_labels` of an axis."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        """A value without its neighbours."""
+        return short(value)
+
+    def format_ticks(self, values: Any) -> list[str]:
+        """All ticks at once."""
+        return tick_labels(list(values))
+
+
 def _lines(view: Lines, style: Style, ink: str) -> Figure:
-    figure, axes = _axes(ink, height=_height(view.series))
+    width = BOTH if len(view.series) > CROWD else WIDTH
+    figure, axes = _axes(ink, width, _height(view.series, width))
     names = list(view.series)
     for name, (colour, cycle) in zip(names, style.of(names, ink), strict=True):
         points = view.series[name]
@@ -146,7 +171,10 @@ def _lines(view: Lines, style: Style, ink: str) -> Figure:
     if len(xs) <= TICKS:
         axes.set_xticks(xs)
         axes.minorticks_off()
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    else:
+        logs = axes.get_xscale() == "log"
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)) if logs else Labels())
     axes.set_xlabel(view.x_label, color=ink)
     axes.set_ylabel(view.y_label, color=ink)
     _legend(figure, axes.get_lines(), names, ink)
@@ -156,7 +184,9 @@ def _lines(view: Lines, style: Style, ink: str) -> Figure:
 def _bars(view: Bars, style: Style, ink: str) -> Figure:
     names, groups = list(view.series), len(view.labels)
     count = max(1, len(names))
-    figure, axes = _axes(ink, max(WIDTH, min(14.0, 1.6 + 0.14 * groups * count)), _height(view.series))
+    wide = _wide(max(WIDTH, min(14.0, 1.6 + 0.14 * groups * count)))
+    figure, axes = _axes(ink, wide, _height(view.series, wide))
+    numbered = groups * count <= NUMBERED
     width, handles = min(0.5, 0.8 / count), []
     for i, (name, (colour, cycle)) in enumerate(zip(names, style.of(names, ink), strict=True)):
         there = [(g, value) for g, value in enumerate(view.series[name]) if value is not None]
@@ -165,10 +195,11 @@ def _bars(view: Bars, style: Style, ink: str) -> Figure:
         bars = axes.bar(at, [v for _, v in there], width * 0.92, color=colour, hatch=hatch, edgecolor="none")
         handles.append(bars)
         for x, (_, value) in zip(at, there, strict=True):
-            if value == 0:  # measured, and not to be taken for missing
-                axes.text(x, 0, "0", ha="center", va="bottom", fontsize=7, color=ink)
+            if value == 0 or numbered:  # a zero is measured, and not to be taken for missing
+                side = "top" if value < 0 else "bottom"
+                axes.text(x, value, _above(value), ha="center", va=side, fontsize=7, color=ink)
     axes.axhline(0, color=ink, linewidth=0.8, alpha=0.5)
-    long = max((len(label) for label in view.labels), default=0) * groups > 72
+    long = max((len(label) for label in view.labels), default=0) * groups > 11 * wide
     axes.set_xticks(range(groups), view.labels, rotation=30 if long else 0, ha="right" if long else "center")
     axes.set_ylabel(view.y_label, color=ink)
     _legend(figure, handles, names, ink)
@@ -177,23 +208,23 @@ def _bars(view: Bars, style: Style, ink: str) -> Figure:
 
 def _heat_map(view: HeatMap, style: Style, ink: str) -> Figure:
     rows, columns = len(view.y), len(view.x)
-    width = min(12.0, max(WIDTH, 1.8 + 0.42 * columns))
-    figure, axes = _axes(ink, width, min(10.0, max(2.6, 1.3 + 0.32 * rows)))
+    width = _wide(min(14.0, max(WIDTH, 1.8 + 0.42 * columns)))
+    figure, axes = _axes(ink, width, min(14.0, max(2.2, 1.3 + 0.32 * rows)))
     axes.grid(False)
     values = [[math.nan if value is None else value for value in row] for row in view.values]
     picture = axes.imshow(values, cmap="viridis", vmin=view.low, vmax=view.high, aspect="auto", interpolation="nearest")
-    every = math.ceil(columns / 16)
+    every = math.ceil(columns * max(map(len, view.x), default=0) / (11 * width))
     axes.set_xticks(range(0, columns, every), list(view.x)[::every])
     axes.set_yticks(range(rows), view.y)
     axes.set_xlabel(view.x_label, color=ink)
     axes.set_ylabel(view.y_label, color=ink)
-    if rows * columns <= 150:
+    if rows * columns <= CELLS and columns <= 3 * width:
         for y, row in enumerate(view.values):
             for x, value in enumerate(row):
                 share = 0.0 if value is None else (value - view.low) / ((view.high - view.low) or 1)
                 colour = ink if value is None else "white" if share < 0.6 else "black"
                 axes.text(x, y, short(value, 2), ha="center", va="center", fontsize=8, color=colour)
-    bar = figure.colorbar(picture, ax=axes, pad=0.02)
+    bar = figure.colorbar(picture, ax=axes, pad=0.02, aspect=6 * figure.get_figheight())
     bar.ax.tick_params(colors=ink, length=3)
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
@@ -203,20 +234,29 @@ def _heat_map(view: HeatMap, style: Style, ink: str) -> Figure:
 PICTURES: dict[type, Callable[[Any, Style, str], Figure]] = {Lines: _lines, Bars: _bars, HeatMap: _heat_map}
 
 
-def _height(series: Any) -> float:
+def _wide(width: float) -> float:
+    return width if width <= COLUMN else max(width, BOTH)
+
+
+def _above(value: float) -> str:
+    """The number at a bar: losses differ in their third decimal."""
+    return f"{value:.3f}" if 1 <= abs(value) < 10 else short(value)
+
+
+def _height(series: Any, width: float = WIDTH) -> float:
     """Room for the legend below the axes."""
-    return HEIGHT + 0.2 * max(0, math.ceil(len(series) / _legend_columns(list(series))) - 2)
+    return HEIGHT + 0.2 * max(0, math.ceil(len(series) / _legend_columns(list(series), width)) - 2)
 
 
-def _legend_columns(names: Sequence[str]) -> int:
-    return max(1, min(4, 84 // (max(map(len, names), default=0) + 8)))
+def _legend_columns(names: Sequence[str], width: float = WIDTH) -> int:
+    return max(1, min(len(names), round(4 * width / WIDTH), int(13 * width) // (max(map(len, names), default=0) + 8)))
 
 
 def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], ink: str) -> None:
     if not names:
         return
     shown = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides _names
-    columns = _legend_columns(names)
+    columns = _legend_columns(names, figure.get_figwidth())
     figure.legend(
         handles,
         shown,
@@ -227,26 +267,3 @@ def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], ink: s
         fontsize=9,
         handlelength=2.4,
     )
-
-
-def _tick(value: float, low: float, high: float) -> str:
-    """`value` with as many digits as tell the ticks between `low` and `high` apart."""
-    if max(abs(low), abs(high)) >= 1000 or high <= low:
-        return short(value)
-    return f"{value:.{max(0, math.ceil(-math.log10((high - low) / 10)))}f}"
-
-
-def short(value: Number, digits: int = 3) -> str:
-    """`value` with few digits: 0.0312, 12.5, 2,048, 131k, 1.5M; a dash for None."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e5, "k")):
-        if size >= unit:
-            scale = 1e3 if name == "k" else unit
-            return f"{value / scale:,.4g}{name}"
-    if size >= 1000 or (size >= 10 and value == round(value)):
-        return f"{value:,.0f}"
-    if size and size < 1e-3:
-        return f"{value:.1e}"
-    return f"{value:.{digits}g}"

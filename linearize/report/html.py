@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from linearize.evals.views import Table
-from linearize.report.figures import short
+from linearize.report.figures import FONT
+from linearize.report.numerals import short
 
 WIDE = 530
 """Points of width from which a figure is too wide for one of two columns."""
@@ -21,7 +22,7 @@ STYLE = """
   --line: #313841; --accent: #74b9f0; --mixer: #3c9ad6; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
+  font: 16px/1.55 FONT; }
 main, header { max-width: 82rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: 2.2rem; }
 h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .35rem; overflow-wrap: anywhere; }
@@ -35,15 +36,24 @@ a { color: var(--accent); text-underline-offset: .15em; }
 .tile, figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
 .tile { padding: .7rem .9rem; } .tile b { display: block; font-size: 1.4rem; line-height: 1.25; font-weight: 600; }
 .tile span { color: var(--soft); font-size: .84rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); gap: 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); gap: 1rem;
+  grid-auto-flow: dense; margin-bottom: 1rem; }
 figure { margin: 0; padding: .9rem 1rem; min-width: 0; } figcaption { margin-bottom: .5rem; }
 .wide { grid-column: 1 / -1; } figcaption p { margin: .1rem 0 0; }
 .scroll { overflow-x: auto; } .scroll svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .4rem 0 1rem; }
 th, td { padding: .38rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--back); z-index: 1; }
+details th:first-child, details td:first-child { background: var(--card) !important; }
+@media (max-width: 40rem) { main, header { padding: 0 .8rem; } th, td { padding: .32rem .5rem; }
+  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; max-width: 8rem; }
+  td.long { min-width: 12rem; } .tiles { grid-template-columns: 1fr 1fr; } figure { padding: .7rem; } }
 th.text, td.text { text-align: left; } td:first-child { font-weight: 600; }
 td.long { white-space: normal; min-width: 18rem; }
+.warn { border-left: .3rem solid var(--kept); background: var(--card); padding: .5rem .9rem; margin: .6rem 0 1rem;
+  border-radius: .3rem; font-size: .9rem; overflow-wrap: anywhere; }
+.warn ul { margin: .2rem 0; padding-left: 1.2rem; } .warn p { margin: 0; max-width: none; }
 .layers { display: inline-flex; gap: 2px; vertical-align: middle; flex-wrap: wrap; }
 .layers i { min-width: 1.35rem; padding: 0 .2rem; border-radius: 3px; text-align: center; font-size: .75rem;
   font-weight: 600; line-height: 1.35rem; font-style: normal; color: #fff; background: var(--mixer); }
@@ -55,7 +65,7 @@ summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; font: .84rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 footer { max-width: 82rem; margin: 2.5rem auto 0; padding: 1rem 1.25rem 2rem; color: var(--soft); font-size: .84rem; }
 @media print { body { background: #fff; } figure, .tile { break-inside: avoid; } nav { display: none; } }
-"""
+""".replace("FONT", FONT)
 
 
 def document(title: str, lead: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
@@ -104,6 +114,11 @@ def listed(texts: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>\n" if texts else ""
 
 
+def warning(what: str, texts: Sequence[str]) -> str:
+    """A box that stands out: a sentence, and a list of plain texts; nothing for none."""
+    return f'<div class="warn" role="note">{paragraph(what)}{listed(texts)}</div>\n' if texts else ""
+
+
 def figure(title: str, note: str, picture: str) -> str:
     """A picture, an `<svg>`, with its heading; the title is its alternative text too. A wide one takes both columns."""
     named = picture.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
@@ -137,7 +152,7 @@ def layers(pattern: str) -> str:
     """A strip with a square for each layer, S for softmax that was kept."""
     kinds = ['<i class="kept">' if letter == "S" else "<i>" for letter in pattern]
     squares = "".join(f"{kind}{i}</i>" for i, kind in enumerate(kinds))
-    return f'<span class="layers">{squares}</span>'
+    return f'<span class="layers" style="min-width: min(60vw, {1.5 * len(pattern):.1f}rem)">{squares}</span>'
 
 
 def tile(value: str, what: str) -> str:

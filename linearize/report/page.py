@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import yaml
 
 from linearize import __version__
 from linearize.errors import UserError, check_target, disk_full
@@ -16,12 +17,13 @@ from linearize.evals.items import HEADER, compare, comparison_rows
 from linearize.evals.measure import Measurement
 from linearize.evals.probe_views import probe_views
 from linearize.evals.standard_views import standard_views
-from linearize.evals.table import union
-from linearize.evals.views import Bars, HeatMap, Lines, Table, View
-from linearize.report import html
-from linearize.report.figures import Style, is_picture, png, svg
+from linearize.evals.table import noted, union
+from linearize.evals.views import Table, View
+from linearize.report import conditions, html
+from linearize.report.figures import Style
+from linearize.report.gallery import MANY, Gallery
 from linearize.report.sources import Source, Sources, read_sources
-from linearize.report.summary import points_table, samples_table, summary_table, tasks_table, tiles
+from linearize.report.summary import points_table, samples_tables, summary_table, tasks_table, teachers_of, tiles
 from linearize.report.views import cache_views, layer_views, schedule_views, speed_views, training_views
 
 
@@ -41,15 +43,8 @@ def write_page(
     Raises:
         UserError: for paths that hold nothing to report, or a page that cannot be written.
     """
-    page = Path(page)
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"{page} is no name of a page; give one that ends with .html")
-    check_target(page)
+    page = check_page(page)
     folder = page.with_suffix("")
-    if folder == page or (folder / "run").is_dir() or (folder / "config.json").is_file():
-        raise UserError(
-            f"cannot write the pictures of {page} into {folder}; name the page otherwise, such as report.html"
-        )
     sources = sources if isinstance(sources, Sources) else read_sources(sources)
     text, pictures = render(sources, trust_remote_code=trust_remote_code)
     try:
@@ -63,31 +58,57 @@ def write_page(
     return page, [folder / name for name in pictures]
 
 
+def check_page(page: str | Path) -> Path:
+    """The name of a page, beside which there is room for its pictures.
+
+    Raises:
+        UserError: for one that cannot be written.
+    """
+    page = Path(page)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{page} is no name of a page; give one that ends with .html")
+    check_target(page)
+    folder = page.with_suffix("")
+    if folder.is_dir() and any(path.suffix != ".png" for path in folder.iterdir()):
+        raise UserError(
+            f"cannot write the pictures of {page} into {folder}, which holds other things; name the page otherwise, "
+            "such as report.html"
+        )
+    return page
+
+
 def render(sources: Sources, *, trust_remote_code: bool = False) -> tuple[str, dict[str, bytes]]:
     """The page, and its pictures by file name."""
     runs = measured(sources.models)
-    reports = _evaluated(sources)
+    reports = evaluated(sources)
     named = [m.name for m in sources.models]
     names = union([*named, *sources.evaluations, *sources.benches])
     teachers = [*(name for name in union([*runs, *reports]) if name not in names), "softmax"]
     gallery = Gallery(Style(names, teachers))
     models = sources.models
+    trained = {m.name: conditions.of_conversion(m.conversion) for m in models}
+    taken = {name: conditions.of_report(report) for name, report in sources.evaluations.items()}
+    asked = _quality(reports, gallery, "evaluation", trust_remote_code) + gallery.show(_answers(sources))
     sections = [
         ("Summary", _summary(models)),
-        ("Quality", _quality(runs, gallery, "", trust_remote_code) + _points(models)),
-        ("Evaluation", _quality(reports, gallery, "evaluation", trust_remote_code) + gallery.show(_answers(sources))),
+        ("Quality", _conditions(trained, runs) + _quality(runs, gallery, "", trust_remote_code) + _points(models)),
+        ("Evaluation", _conditions(taken, reports) + asked + _settings(sources)),
         ("Training", gallery.show(training_views(models)) + _more(gallery.show(schedule_views(models)))),
         ("Layers", gallery.show(layer_views(models))),
         ("Speed and memory", gallery.show([*cache_views(models), *speed_views(sources.benches)])),
-        ("Recipe", "".join(html.details(m.name, f"<pre>{html.escape(m.recipe)}</pre>") for m in models if m.recipe)),
+        (
+            "Recipe",
+            "".join(html.details(m.name, f"<pre>{html.escape(r)}</pre>") for m in models if (r := m.conversion.recipe)),
+        ),
         ("Environment", _environment(sources)),
     ]
     shown = union([*named, *sources.evaluations]) or names
     title = ", ".join(shown) if len(shown) <= 4 else f"{len(shown)} models side by side"
-    return html.document(title, _lead(models), sections, f"linearize {__version__}"), gallery.pictures
+    lead = _lead(models) + html.warning("Left out of this report:", sources.left_out)
+    return html.document(title, lead, sections, f"linearize {__version__}"), gallery.pictures
 
 
-def _evaluated(sources: Sources) -> dict[str, Measurement]:
+def evaluated(sources: Sources) -> dict[str, Measurement]:
     """What `evaluate` measured, each teacher once for every text and set of questions it was asked."""
     teachers = {
         name: (report.teacher_model, json.dumps(report.settings, sort_keys=True))
@@ -117,74 +138,83 @@ def _answers(sources: Sources) -> list[View]:
     return views
 
 
-class Gallery:
-    """Turns views into HTML and keeps the PNG of each, under a name made of its title."""
-
-    def __init__(self, style: Style):
-        self.style = style
-        self.pictures: dict[str, bytes] = {}
-
-    def show(self, views: Sequence[View], prefix: str = "") -> str:
-        """A grid of the pictures, then the tables."""
-        pictures = [self._figure(view, prefix) for view in views if is_picture(view)]
-        return html.figures(pictures) + "".join(html.table(view) for view in views if isinstance(view, Table))
-
-    def _figure(self, view: View, prefix: str) -> str:
-        assert isinstance(view, Lines | Bars | HeatMap)
-        key = re.sub(r"[^a-z0-9]+", "-", f"{prefix} {view.title}".lower()).strip("-")[:80] or "figure"
-        while f"{key}.png" in self.pictures:
-            key += "-2"
-        self.pictures[f"{key}.png"] = png(view, self.style)
-        return html.figure(view.title, view.note, svg(view, self.style, key))
-
-
 def measured(models: Sequence[Source]) -> dict[str, Measurement]:
     """The last measurement of each model, after those of their teachers, each once."""
-    teachers: dict[str, tuple[str, Measurement]] = {}
-    for model in models:
-        if (teacher := model.conversion.points.get("teacher")) is not None:
-            losses = [(loss.length, round(loss.loss, 2)) for loss in teacher.losses]
-            teachers.setdefault(f"{model.conversion.facts['source']} {losses}", (model.name, teacher))
-    alone = len(teachers) == 1
-    found = {"teacher" if alone else f"teacher of {name}": teacher for name, teacher in teachers.values()}
-    for model in models:
-        points = {name: m for name, m in model.conversion.points.items() if name != "teacher"}
-        if points:
-            found[model.name] = list(points.values())[-1]
-    return found
+    found = {name: teacher for name, (_, teacher) in teachers_of(models).items()}
+    return found | {m.name: m.conversion.last for m in models if m.conversion.points.keys() - {"teacher"}}
 
 
 def _quality(measurements: Mapping[str, Measurement], gallery: Gallery, prefix: str, trusted: bool) -> str:
     if not measurements:
         return ""
     probes, missing = probe_views(measurements, trusted=trusted)
-    tables = [view for view in (tasks_table(measurements), samples_table(measurements)) if view]
-    shown = gallery.show([*standard_views(measurements), *probes, *tables], prefix)
-    notes = union(note for m in measurements.values() for note in m.notes)
-    return shown + html.listed([*notes, *missing])
+    tables = [view for view in (tasks_table(measurements),) if view]
+    shown = gallery.show([*tables, *standard_views(measurements)], prefix) + gallery.show(probes, prefix)
+    notes = html.listed(noted({name: m.notes for name, m in measurements.items()}))
+    return shown + gallery.show(samples_tables(measurements)) + notes + html.warning("Not shown:", missing)
+
+
+def left_out(sources: Sources, *, trust_remote_code: bool = False) -> list[str]:
+    """What the page does not show of what was given, and why: files, and results of probes."""
+    shown = (measured(sources.models), evaluated(sources))
+    missing = [told for found in shown for told in probe_views(found, trusted=trust_remote_code)[1]]
+    return union([*sources.left_out, *missing])
+
+
+def warnings(sources: Sources) -> list[str]:
+    """What makes numbers that the page shows side by side incomparable."""
+    trained = {m.name: conditions.of_conversion(m.conversion) for m in sources.models}
+    taken = {name: conditions.of_report(report) for name, report in sources.evaluations.items()}
+    found = conditions.differences(trained, measured(sources.models))
+    return union([*found, *conditions.differences(taken, evaluated(sources))])
+
+
+def _conditions(told: Mapping[str, conditions.Conditions], measurements: Mapping[str, Measurement]) -> str:
+    """What was measured with what, and a warning where that differs."""
+    view = conditions.table("Measured with", told)
+    apart = "Not everything here was measured alike, so that not all numbers can be compared:"
+    warned = html.warning(apart, conditions.differences(told, measurements))
+    return warned + (html.table(view) if view else "")
+
+
+def _settings(sources: Sources) -> str:
+    """Everything that the evaluations were asked for."""
+    texts: dict[str, list[str]] = {}
+    for name, report in sources.evaluations.items():
+        if report.settings:
+            texts.setdefault(yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True), []).append(name)
+    return "".join(
+        html.details(f"All settings of {', '.join(names)}", f"<pre>{html.escape(text)}</pre>")
+        for text, names in texts.items()
+    )
 
 
 def _summary(models: Sequence[Source]) -> str:
     if not models:
         return ""
     numbers = "".join(html.tile(value, what) for value, what in tiles(models[0])) if len(models) == 1 else ""
+    patterns = union(m.conversion.facts["layers"] for m in models)
+    alike = {p: ", ".join(m.name for m in models if m.conversion.facts["layers"] == p) for p in patterns}
     strips = "".join(
-        f'<tr><td class="text">{html.escape(m.name)}</td>'
-        f'<td class="text">{html.layers(m.conversion.facts["layers"])}</td></tr>'
-        for m in models
+        f'<tr><td class="text{" long" if len(names) > 60 else ""}">{html.escape(names)}</td>'
+        f'<td class="text">{html.layers(pattern)}</td></tr>'
+        for pattern, names in alike.items()
     )
     legend = (
         '<p class="soft"><span class="key" style="background:var(--mixer)"></span>mixer &emsp;'
         '<span class="key" style="background:var(--kept)"></span>softmax kept</p>'
     )
     grid = f'<div class="tiles">{numbers}</div>' if numbers else ""
-    return f"{grid}{html.table(summary_table(models), heading=False)}{legend}<table>{strips}</table>\n"
+    strip = f'<div class="scroll"><table>{strips}</table></div>\n'
+    return f"{grid}{html.table(summary_table(models), heading=False)}{legend}{strip}"
 
 
 def _points(models: Sequence[Source]) -> str:
     views = [points_table(model) for model in models if len(model.conversion.points) > 1]
     shown = "".join(html.table(view, heading=False) for view in views) if len(views) == 1 else ""
     shown = shown or "".join(html.details(view.title, html.table(view, heading=False)) for view in views)
+    if len(views) > MANY:
+        return html.details(f"From step to step, {len(views)} models", shown)
     return f"<h3>From step to step</h3>\n{shown}" if shown else ""
 
 
@@ -203,11 +233,11 @@ def _lead(models: Sequence[Source]) -> str:
 
 
 def _environment(sources: Sources) -> str:
-    rows: list[list[str | float | None]] = []
-    for name, report in sources.evaluations.items():
-        rows += [[f"{name}, evaluate", key, str(value)] for key, value in report.environment.items()]
-    for name, bench in sources.benches.items():
-        rows += [[f"{name}, bench", key, str(value)] for key, value in bench.settings.items()]
-        rows.append([f"{name}, bench", "peak memory", bench.memory])
-    rows += [[m.name, "type of the weights", m.conversion.facts["dtype"]] for m in sources.models]
-    return html.table(Table("Environment", columns=["", "", "value"], rows=rows), heading=False) if rows else ""
+    evaluated = {name: {k: str(v) for k, v in r.environment.items()} for name, r in sources.evaluations.items()}
+    timed = {
+        name: {**{key: str(value) for key, value in bench.settings.items()}, "peak memory": bench.memory}
+        for name, bench in sources.benches.items()
+    }
+    weights = {m.name: {"type of the weights": m.conversion.facts["dtype"]} for m in sources.models}
+    titles = {"Conversions": weights, "Evaluations": evaluated, "Timings": timed}
+    return "".join(html.table(view) for title, told in titles.items() if (view := conditions.table(title, told)))

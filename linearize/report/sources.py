@@ -1,22 +1,28 @@
 """Reads what a report is made of: folders that `convert` wrote, and the JSON of `evaluate`, `bench` and `report`.
 
 `read_sources(paths)` tells them apart by what they hold. A folder may also hold the JSON of `evaluate` and `bench`.
+What is damaged or foreign is left out of the report and named in `Sources.left_out`, whatever else there is.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from linearize.bench import BenchReport
 from linearize.errors import UserError
 from linearize.evals.evaluate import Report
+from linearize.evals.items import compare
 from linearize.evals.measure import Measurement
 from linearize.hf.folder import is_of
 from linearize.report.conversions import Conversion, read_conversion
+from linearize.report.files import check_facts, checked, load, load_lines, what
+from linearize.report.names import distinct, tails
 
 LARGEST_JSON = 8 * 2**20
 """Bytes of a JSON file that is looked into when it lies in a folder; tokenizers can be larger."""
@@ -46,9 +52,7 @@ class Source:
 
     conversion: Conversion
     stages: list[StageLog] = field(default_factory=list)
-    recipe: str | None = None
-    """The resolved recipe, YAML."""
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
     """What a selector found each layer to be worth, by layer number."""
 
     @property
@@ -65,60 +69,157 @@ class Sources:
     evaluations: dict[str, Report] = field(default_factory=dict)
     benches: dict[str, BenchReport] = field(default_factory=dict)
     """Name of the model, or of the file where a report does not say -> speed and memory."""
+    left_out: list[str] = field(default_factory=list)
+    """Which files are not shown, and why."""
+
+
+@dataclass
+class _Found:
+    """What was read so far, with the files it came from."""
+
+    models: list[tuple[str, Path | None, Source]] = field(default_factory=list)
+    """Name, file where it is one, and what it holds."""
+    evaluations: list[tuple[str, Path | None, Report]] = field(default_factory=list)
+    benches: list[tuple[str, Path | None, BenchReport]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    files: set[Path] = field(default_factory=set)
+    """Read, or tried."""
+
+    @contextmanager
+    def sparing(self) -> Iterator[None]:
+        """What is wrong with a file becomes a line of `left_out`."""
+        try:
+            yield
+        except UserError as error:
+            self.left_out.append(str(error))
+
+
+@dataclass(frozen=True)
+class _Round:
+    scores: dict[int, float]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """`run/layers.json`, as far as it is shown."""
+
+    rounds: list[_Round]
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A conversion in what `report` wrote, less its facts."""
+
+    name: str
+    points: dict[str, Measurement]
+    evaluation: dict[str, Any] | None = None
+    recipe: str | None = None
 
 
 def read_sources(paths: Sequence[str | Path]) -> Sources:
     """Read folders and JSON files.
 
     Raises:
-        UserError: for a path that is none of them.
+        UserError: for a path that does not exist, and where none of them holds anything to show.
     """
-    found = Sources()
-    paths = list(dict.fromkeys(paths))
-    folders = {Path(path): name for path, name in _names([Path(p) for p in paths if Path(p).is_dir()]).items()}
+    named: dict[Path, Path] = {}
     for path in map(Path, paths):
-        if path in folders:
-            _read_folder(path, folders[path], found)
-        elif path.is_file():
-            _read_file(path, _read_json(path), None, found)
-        else:
+        named.setdefault(path.resolve(), path)
+    unique = list(named.values())
+    for path in unique:
+        if not path.exists():
             raise UserError(f"{path} does not exist; give folders that `linearize convert` wrote, or JSON of reports")
-    return found
+    found = _Found()
+    names = tails([path for path in unique if path.is_dir()])
+    others: list[Path] = []
+    for path in unique:
+        if path not in names and path.suffix != ".json" and not _is_json(path):
+            others.append(path)
+            continue
+        with found.sparing():
+            if path in names:
+                _read_folder(path, names[path], found)
+            elif path.resolve() not in found.files:
+                _read_file(path, load(path), None, found)
+    if others:
+        told = ", ".join(map(str, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        is_ = "is neither a folder nor" if len(others) == 1 else "are neither folders nor"
+        found.left_out.append(f"{told} {is_} JSON; give folders that `linearize convert` wrote, or JSON of reports")
+    if not (found.models or found.evaluations or found.benches):
+        raise UserError("\n".join(found.left_out))
+    models = zip(_named(found.models), (source for *_, source in found.models), strict=True)
+    return Sources(
+        [replace(source, conversion=replace(source.conversion, name=name)) for name, source in models],
+        dict(zip(_named(found.evaluations), (report for *_, report in found.evaluations), strict=True)),
+        dict(zip(_named(found.benches), (report for *_, report in found.benches), strict=True)),
+        found.left_out,
+    )
 
 
-def _names(folders: list[Path]) -> dict[Path, str]:
-    """The last part of each path; where that is the same for two, as many parts as tell all apart."""
-    whole = {folder: folder.resolve().parts for folder in folders}
-    depth = 1
-    while len({parts[-depth:] for parts in whole.values()}) < len(set(whole.values())):
-        depth += 1
-    return {folder: "/".join(parts[-depth:]) for folder, parts in whole.items()}
+def _is_json(path: Path) -> bool:
+    try:
+        load(path)
+    except UserError:
+        return False
+    return True
 
 
-def _read_folder(folder: Path, name: str, found: Sources) -> None:
+def _named(items: Sequence[tuple[str, Path | None, Any]]) -> list[str]:
+    return distinct([(name, path) for name, path, _ in items])
+
+
+def _read_folder(folder: Path, name: str, found: _Found) -> None:
     conversion = read_conversion(folder)
+    found.left_out += conversion.left_out
     if conversion.name.endswith("(unfinished)"):
         name += " (unfinished)"
-    name = _free(name, [model.name for model in found.models])
     run = folder / "run"
-    stages = [
-        StageLog(path.parent.name, steps)
-        for path in sorted(run.glob("*/metrics.jsonl"), key=lambda path: int(path.parent.name.partition("-")[0]))
-        if (steps := _read_lines(path))
-    ]
-    recipe, scores = run / "recipe.yaml", run / "layers.json"
-    found.models.append(
-        Source(
-            Conversion(name, conversion.facts, conversion.points),
-            stages,
-            recipe.read_text() if recipe.is_file() else None,
-            json.loads(scores.read_text())["rounds"][0]["scores"] if scores.is_file() else {},
-        )
-    )
-    for path in sorted([*folder.glob("*.json"), *run.glob("*.json")]):
-        if path.stat().st_size <= LARGEST_JSON and _kind(values := _read_json(path)) in ("evaluate", "bench"):
-            own = _kind(values) == "bench" or is_of(values, folder)
-            _read_file(path, values, name if own else None, found)
+    scores: dict[int, float] = {}
+    if (run / "layers.json").is_file():
+        with found.sparing():
+            rounds = checked(load(run / "layers.json"), _Scores, run / "layers.json").rounds
+            scores = rounds[0].scores if rounds else {}
+    found.models.append((name, None, Source(conversion, _read_stages(run, found), scores)))
+    for path in sorted(path for place in (folder, run) for path in place.glob("*.json")):
+        if not path.is_file() or path.stat().st_size > LARGEST_JSON or path.resolve() in found.files:
+            continue
+        if path.parent == run and path.name in ("plan.json", "measurements.json", "layers.json"):
+            continue
+        with found.sparing():
+            if _kind(values := load(path)) in ("evaluate", "bench"):
+                own = _kind(values) == "bench" or is_of(values, folder)
+                _read_file(path, values, name if own else None, found)
+
+
+def _read_stages(run: Path, found: _Found) -> list[StageLog]:
+    numbered: list[tuple[int, StageLog]] = []
+    for path in sorted(run.glob("*/metrics.jsonl")):
+        stage = re.fullmatch(r"(\d+)-.+", path.parent.name)
+        with found.sparing():
+            if stage is None:
+                raise UserError(f"{path} is of no stage, whose folder has a name such as 0-finetune")
+            numbered.append((int(stage[1]), StageLog(path.parent.name, _read_steps(path, found))))
+    return [log for _, log in sorted(numbered, key=lambda pair: pair[0]) if log.steps]
+
+
+def _read_steps(path: Path, found: _Found) -> list[dict[str, float]]:
+    """The logged numbers of each step; none of a stage that has just begun."""
+    values, broken = load_lines(path)
+    dicts = [step for step in values if isinstance(step, dict)]
+    steps = [{key: x for key, x in step.items() if _is_number(x)} for step in dicts]
+    fitting = [step for step in steps if "tokens" in step]
+    broken += len(values) - len(fitting)
+    if broken and not fitting:
+        raise UserError(f"{path} is no log of a stage: none of its lines says how many tokens it is of")
+    if broken:
+        found.left_out.append(f"{path}: {broken} of its lines are damaged")
+    if endless := sum(any(isinstance(x, float) and not math.isfinite(x) for x in step.values()) for step in dicts):
+        found.left_out.append(f"{path}: {endless} of its {len(fitting)} steps have numbers that are not finite")
+    return fitting
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _kind(values: Any) -> str | None:
@@ -136,39 +237,47 @@ def _kind(values: Any) -> str | None:
     return None
 
 
-def _read_file(path: Path, values: Any, name: str | None, found: Sources) -> None:
+def _read_file(path: Path, values: Any, name: str | None, found: _Found) -> None:
+    found.files.add(path.resolve())
     kind = _kind(values)
     if kind == "evaluate":
-        report = Report.from_json(path)
-        found.evaluations[_free(name or Path(report.model).name, found.evaluations)] = report
+        report = checked(values, Report, path)
+        try:
+            compare(report.student, report.teacher or Measurement())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: its answers do not belong together ({error})") from error
+        found.evaluations.append((name or Path(report.model).name, path, report))
     elif kind == "bench":
-        found.benches[_free(name or path.stem, found.benches)] = BenchReport.from_json(path)
+        bench = checked(values, BenchReport, path)
+        lengths = {path: {s.length for s in bench.speeds if s.path == path} for path in ("teacher", "student")}
+        if lengths["teacher"] != lengths["student"]:
+            raise UserError(f"{path} is damaged: it has not the same lengths of teacher and student")
+        found.benches.append((name or path.stem, path, bench))
     elif kind == "report":
-        for value in values:
-            points = {point: Measurement.from_dict(measured) for point, measured in value["points"].items()}
-            facts = {key: fact for key, fact in value.items() if key not in ("name", "points")}
-            taken = [model.name for model in found.models]
-            found.models.append(Source(Conversion(_free(value["name"], taken), facts, points)))
+        for number, value in enumerate(values):
+            with found.sparing():
+                found.models.append(_converted(value, path, number))
     else:
-        raise UserError(
-            f"{path} is no JSON that `evaluate`, `bench` or `report` wrote with --output; give one of these, or a "
-            "folder that `linearize convert` wrote"
+        raise UserError(_foreign(path, values))
+
+
+def _converted(value: dict[str, Any], path: Path, number: int) -> tuple[str, Path, Source]:
+    where = f"{path}, conversion {number}"
+    known = checked(value, _Converted, where)
+    facts = {key: x for key, x in value.items() if key not in ("name", "points", "evaluation", "recipe")}
+    conversion = Conversion(known.name, check_facts(facts, where), known.points, known.evaluation or {}, known.recipe)
+    return known.name, path, Source(conversion)
+
+
+def _foreign(path: Path, values: Any) -> str:
+    """What to do with a JSON that a report is not made of."""
+    for folder in path.resolve().parents[:2]:
+        if (folder / "run" / "plan.json").is_file():
+            return f"{path} is a part of a conversion; give its folder, {folder}, instead"
+    told = f"{path} is no JSON that `evaluate`, `bench` or `report` wrote with --output: it holds {what(values)}"
+    if isinstance(values, dict) and {"results", "configs"} <= values.keys():
+        return (
+            f"{told}, as the lm-evaluation-harness writes; `linearize evaluate MODEL --tasks NAMES --output FILE` asks "
+            "its tasks and writes what a report can show"
         )
-
-
-def _free(name: str, taken: Any) -> str:
-    """`name`, numbered when it is taken."""
-    numbered = (f"{name} {number}" if number > 1 else name for number in range(1, len(taken) + 2))
-    return next(one for one in numbered if one not in taken)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); write it anew with --output") from error
-
-
-def _read_lines(path: Path) -> list[dict[str, float]]:
-    """A run that is still going on may have written half a line."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return f"{told}; give one of these, or a folder that `linearize convert` wrote"

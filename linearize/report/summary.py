@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from linearize.evals.measure import Measurement
 from linearize.evals.table import NOTHING, case_name, percent, union
 from linearize.evals.views import Table
-from linearize.report.figures import short
+from linearize.report.numerals import short
 from linearize.report.sources import Source
 from linearize.report.views import cache_bytes
 
@@ -18,7 +18,7 @@ LONG = 131072
 
 def summary_table(models: Sequence[Source]) -> Table:
     """A row per teacher and model: what was kept, what it cost, what is left of the teacher."""
-    last = {model.name: _last(model) for model in models}
+    last = {model.name: model.conversion.last for model in models}
     lengths = union(loss.length for m in last.values() for loss in m.losses)
     cases = union((score.facts, score.distance) for m in last.values() for score in m.recall)
     diverging = union(d.length for m in last.values() for d in m.divergence)
@@ -35,33 +35,32 @@ def summary_table(models: Sequence[Source]) -> Table:
         first = [model.name, facts["source"], facts["mixer"], kept]
         counts = [f"{facts['new_parameters']:,}", f"{m.tokens:,}"]
         rows.append([*first, *counts, *loss, *apart, *known, _cache(model)])
-    told = {m.conversion.facts["source"]: m.conversion.points["teacher"] for m in models if _has_teacher(m)}
     teachers: list[Sequence[Cell]] = []
-    for source, m in told.items():
+    for name, (source, m) in teachers_of(models).items():
         loss = [cell for n in lengths for cell in (_fixed(m.loss(n)), NOTHING)]
         known = [percent(m.recall_rate(*case)) for case in cases]
-        teachers.append(
-            [
-                "teacher",
-                source,
-                "softmax",
-                "all",
-                NOTHING,
-                NOTHING,
-                *loss,
-                *[NOTHING for _ in diverging],
-                *known,
-                NOTHING,
-            ]
-        )
+        apart = [NOTHING for _ in diverging]
+        teachers.append([name, source, "softmax", "all", NOTHING, NOTHING, *loss, *apart, *known, NOTHING])
     note = "Losses and KL(teacher || student) in nats per token; gap: loss above the teacher's. "
     note += "Recall: facts / tokens between them and the question."
     return Table("Summary", note, columns=columns, rows=[*teachers, *rows])
 
 
+def teachers_of(models: Sequence[Source]) -> dict[str, tuple[str, Measurement]]:
+    """(source model, measurement) of each teacher that was measured, once for all models that share it."""
+    teachers: dict[str, tuple[str, str, Measurement]] = {}
+    for model in models:
+        if (teacher := model.conversion.points.get("teacher")) is not None:
+            source = model.conversion.facts["source"]
+            losses = [(loss.length, round(loss.loss, 2)) for loss in teacher.losses]
+            teachers.setdefault(f"{source} {losses}", (model.name, source, teacher))
+    alone = len(teachers) == 1
+    return {"teacher" if alone else f"teacher of {name}": (source, m) for name, source, m in teachers.values()}
+
+
 def tiles(model: Source) -> list[tuple[str, str]]:
     """The numbers that matter first, of one model: (value, what it is)."""
-    facts, last, teacher = model.conversion.facts, _last(model), model.conversion.points.get("teacher")
+    facts, last, teacher = model.conversion.facts, model.conversion.last, model.conversion.points.get("teacher")
     found = [
         (f"{facts['layers'].count('S')} of {len(facts['layers'])}", "layers kept softmax"),
         (f"{facts['new_parameters'] / 1e6:,.3g}M", f"new parameters, of {facts['source_parameters'] / 1e6:,.4g}M"),
@@ -115,31 +114,41 @@ def tasks_table(measurements: Mapping[str, Measurement]) -> Table | None:
         value = _fixed(m.tasks.get(task, {}).get(metric))
         return value if not isinstance(error, float) else f"{value} ± {error:.3f}"
 
-    rows = [[task, metric, *(cell(m, task, metric) for m in measurements.values())] for task, metric in told]
-    note = "Of the lm-evaluation-harness, with standard errors."
-    return Table("Tasks", note, columns=["task", "metric", *measurements], rows=rows)
+    def asked(task: str) -> str:
+        numbers = [
+            sum(len(m.items[t].right) for t in m.groups.get(task, [task]) if t in m.items)
+            for m in measurements.values()
+        ]
+        return ", ".join(f"{n:,}" for n in union(filter(None, numbers))) or NOTHING
+
+    shown = [name for name, m in measurements.items() if m.tasks]
+    rows = [
+        [task, metric, asked(task), *(cell(measurements[name], task, metric) for name in shown)]
+        for task, metric in told
+    ]
+    note = "Of the lm-evaluation-harness, with standard errors. Questions: those that are right or wrong."
+    return Table("Tasks", note, columns=["task", "metric", "questions", *shown], rows=rows)
 
 
-def samples_table(measurements: Mapping[str, Measurement]) -> Table | None:
-    """What each model wrote; None where nothing was."""
-    rows = [[name, m.prompt, m.sample] for name, m in measurements.items() if m.sample is not None]
-    return Table("Samples", "Written greedily.", columns=["", "prompt", "continuation"], rows=rows) if rows else None
+def samples_tables(measurements: Mapping[str, Measurement]) -> list[Table]:
+    """What each model wrote, a table for each prompt."""
+    written = {name: m for name, m in measurements.items() if m.sample is not None}
+    prompts = union(m.prompt for m in written.values())
+    return [
+        Table(
+            "Samples",
+            f"Written greedily after: {prompt}",
+            columns=["", "continuation"],
+            rows=[[name, m.sample] for name, m in written.items() if m.prompt == prompt],
+        )
+        for prompt in prompts
+    ]
 
 
 def gap(m: Measurement, teacher: Measurement | None, length: int) -> str:
     """Loss above the teacher's at `length`, signed."""
     loss, base = m.loss(length), None if teacher is None else teacher.loss(length)
     return NOTHING if loss is None or base is None else f"{loss - base:+.3f}"
-
-
-def _has_teacher(model: Source) -> bool:
-    return "teacher" in model.conversion.points
-
-
-def _last(model: Source) -> Measurement:
-    """The newest measurement that is not the teacher's; an empty one before there is any."""
-    students = [m for name, m in model.conversion.points.items() if name != "teacher"]
-    return students[-1] if students else Measurement()
 
 
 def _cache(model: Source) -> str:

@@ -72,8 +72,8 @@ def layer_views(models: Sequence[Source]) -> list[View]:
             views += [_course(stage, log) for log in logs.values()]
     scored = {model.name: model.scores for model in models if model.scores}
     if scored:
-        layers = sorted(union(int(i) for scores in scored.values() for i in scores))
-        worth = {name: [scores.get(str(i)) for i in layers] for name, scores in scored.items()}
+        layers = sorted(union(i for scores in scored.values() for i in scores))
+        worth = {name: [scores.get(i) for i in layers] for name, scores in scored.items()}
         labels = [f"layer {i}" for i in layers]
         note = "What the selector found on the source model, in its first round; the highest kept their softmax."
         views.append(Bars("Worth of each layer's softmax", note, y_label="score", labels=labels, series=worth))

@@ -66,6 +66,14 @@ def test_without_a_teacher_and_for_any_model(folders):
     assert plain.teacher is None and plain.student.branches == []
 
 
+def test_a_report_names_the_text_that_the_recipe_leaves_to_its_data(folders):
+    _, student, text = folders
+    assert evaluate(student, teacher=False, lengths=[32], device="cpu", **QUICK).settings["text"] == str(text)
+    (student / "recipe.yaml").write_text(f"data: {{source: {text}, seq_len: 64}}\n")
+    report = evaluate(student, teacher=False, lengths=[32], split="train", device="cpu", **QUICK)
+    assert report.settings["text"] == str(text) and report.settings["split"] == "train"
+
+
 def test_local_questions_are_asked_of_both(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [{"query": f"{i} and", "choices": [str(i), "none at all", "x"], "gold": i % 3} for i in range(6)]

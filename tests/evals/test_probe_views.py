@@ -80,9 +80,66 @@ def test_terminals_get_one_short_table_of_a_synthetic_task() -> None:
     (brief,), _ = probe_views(models, trusted=False, brief=True)
     lines = as_text(brief).splitlines()
     assert lines[2].split("|")[1:4] == [" depth \\ tokens ", " teacher 512 ", " teacher 1,024 "]
-    assert [text.strip() for text in lines[5].split("|")[1:-1]] == ["1.0", "0.50 / 0.50", "–", "0.50 / 0.50", "–"]
-    assert lines[-1] == "Written / found likeliest, shares of 4 questions; guessing finds 0.25."
+    assert [text.strip() for text in lines[5].split("|")[1:-1]] == ["1.0", "50% / 50%", "–", "50% / 50%", "–"]
+    assert lines[-1] == "Written / found likeliest of 4 questions; guessing finds 25%."
     assert len(probe_views(models, trusted=False)[0]) == 3, "pages have heat maps and all cells"
+
+
+def probe(type_: str, result: dict, **settings) -> dict:
+    return {"probe": {"type": type_, **settings}, "result": result}
+
+
+def cells(facts: int, **changes) -> dict:
+    cell = {"length": 64, "facts": facts, "n": 4, "generated": 0.5, "low": 0.25, "high": 0.75}
+    cell |= {"likelihood": 1.0, "chance": 0.25, "nats": 1.5, **changes}
+    return {"axis": "facts", "cells": [cell], "notes": []}
+
+
+def test_probes_of_one_kind_say_by_what_they_differ():
+    two = [probe("facts", cells(n), facts=[n], items=4) for n in (1, 8)]
+    views, missing = probe_views({"m": Measurement(probes=two)}, trusted=False)
+    titles = ["Facts at once: m (facts=[1])", "Facts at once (facts=[1])"]
+    assert [view.title for view in views] == titles + [title.replace("[1]", "[8]") for title in titles]
+    assert missing == []
+    views, _ = probe_views({"m": Measurement(probes=two[:1])}, trusted=False)
+    assert [view.title for view in views] == ["Facts at once: m", "Facts at once"]
+
+
+def test_settings_that_an_older_version_did_not_have_count_as_their_defaults():
+    old, new = probe("facts", cells(1), facts=[1]), probe("facts", cells(1), facts=[1], just_read_twice=False)
+    views, _ = probe_views({"a": Measurement(probes=[old]), "b": Measurement(probes=[new])}, trusted=False)
+    assert [row[0] for row in views[-1].rows] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("result", "why"),
+    [
+        ({"axis": "facts", "cells": [{"length": 64, "facts": 1, "n": 4}], "notes": []}, "it has no 'generated'"),
+        (cells(1, generated="all"), "ValueError"),
+        (cells(1, nats="many") | {"cells": "many"}, "TypeError"),
+    ],
+)
+def test_a_result_of_another_version_spares_those_of_other_models(result, why):
+    taken = {"old": result, "new": cells(1)}
+    found = {name: Measurement(probes=[probe("facts", r, facts=[1])]) for name, r in taken.items()}
+    views, (missing,) = probe_views(found, trusted=False)
+    assert [view.title for view in views] == ["Facts at once: new", "Facts at once"]
+    assert missing.startswith("the probe facts of old was measured, but cannot be shown") and why in missing
+
+
+def test_views_that_are_no_numbers_are_found_before_they_are_drawn():
+    buckets = [{"first": 1, "end": 16, "kl": "high", "same": 0.25}]
+    views, (missing,) = probe_views(
+        {"m": Measurement(probes=[probe("kl_by_position", {"length": 16, "buckets": buckets})])}, trusted=False
+    )
+    assert views == [] and "series.m" in missing
+
+
+def test_many_models_share_a_map():
+    asked = {f"m{i}": Measurement(probes=[probe("facts", cells(1, generated=i / 8), facts=[1])]) for i in range(8)}
+    overview, table = probe_views(asked, trusted=False)[0]
+    assert isinstance(overview, HeatMap) and overview.y == list(asked) and overview.x == ["64/1"]
+    assert [row[0] for row in overview.values] == [12.5 * i for i in range(8)] and len(table.rows) == 8
 
 
 def test_a_probe_from_outside_is_not_imported_for_a_look():

@@ -48,11 +48,11 @@ def test_each_view_shows_its_numbers() -> None:
     assert isinstance(kl, Bars) and kl.series == {"student": [0.125]}
     assert isinstance(same, Bars) and same.series == {"student": [0.875]}
     recall, intervals = views["Recall"], views["Recall with 95% intervals"]
-    assert isinstance(recall, Bars) and recall.series == {"teacher": [0.75], "student": [0.25]}
+    assert isinstance(recall, Bars) and recall.series == {"teacher": [75], "student": [25]}
     assert isinstance(intervals, Table)
     assert intervals.rows == [
-        ["teacher", "1 fact/200", 0.75, 0.5, 0.9, "16"],
-        ["student", "1 fact/200", 0.25, 0.1, 0.5, "16"],
+        ["teacher", "1 fact/200", "75%", "50%", "90%", "16"],
+        ["student", "1 fact/200", "25%", "10%", "50%", "16"],
     ]
     assert len(views) == 7
 

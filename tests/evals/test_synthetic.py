@@ -248,8 +248,8 @@ def test_the_views_show_every_cell(demo_tokenizer: Any) -> None:
     found = ask(probe, demo_tokenizer, lambda prompt: [5])
     found["cells"][1]["generated"] = 0.5
     heat, other, table = type(probe).views({"student": found, "teacher": {**found, "cells": found["cells"][2:]}})
-    assert (heat.x, heat.y, heat.values) == (["100", "200"], ["0.0", "1.0"], [[0.0, 0.0], [0.5, 0.0]])
-    assert other.x == ["200"] and len(table.rows) == 6 and table.rows[1][:5] == ["student", 100, "1.0", 2, 0.5]
+    assert (heat.x, heat.y, heat.values) == (["100", "200"], ["0.0", "1.0"], [[0.0, 0.0], [50.0, 0.0]])
+    assert other.x == ["200"] and len(table.rows) == 6 and table.rows[1][:5] == ["student", 100, "1.0", 2, "50%"]
 
 
 def test_frequencies_are_a_zeta_distribution() -> None:

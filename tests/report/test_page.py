@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from linearize.cli.main import main
 from linearize.errors import UserError
-from linearize.report.page import _evaluated, write_page
+from linearize.report.page import evaluated, write_page
 from linearize.report.sources import read_sources
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -85,10 +85,7 @@ def test_the_page_is_whole_and_loads_nothing(written: Path) -> None:
 def test_markup_in_names_samples_notes_and_recipes_is_text(written: Path) -> None:
     page = Page(written.read_text())
     assert (
-        EVIL in page.text["td"]
-        and EVIL in page.text["li"]
-        and EVIL in page.text["pre"]
-        and "<b>Once" in page.text["td"]
+        EVIL in page.text["td"] and EVIL in page.text["li"] and EVIL in page.text["pre"] and "<b>Once" in page.text["p"]
     )
     assert "_gdn <i>$1" in page.text["h1"] and " _gdn <i>$1" in page.text["text"], "the legends of figures too"
     assert not {"b", "script"} & {tag for tag, _ in page.tags if tag != "b"} and "<i>$1" not in written.read_text()
@@ -225,7 +222,7 @@ def test_evaluations_on_different_text_keep_their_own_teachers(tmp_path: Path) -
     for path, text in zip(files, ("novels", "novels", "news"), strict=True):
         values = json.loads(path.read_text())
         path.write_text(json.dumps({**values, "settings": {"text": text}}))
-    names = list(_evaluated(read_sources(files)))
+    names = list(evaluated(read_sources(files)))
     assert names == ["teacher of a", "a", "b", "teacher of c", "c"]
 
 

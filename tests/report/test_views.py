@@ -11,7 +11,8 @@ from left import FACTS, bench, folder
 
 from linearize.bench import BenchReport
 from linearize.evals.views import Bars, HeatMap, Lines
-from linearize.report.figures import COLOURS, INK, Style, short, svg
+from linearize.report.figures import BOTH, COLOURS, COLUMN, FONT, INK, Style, draw, svg
+from linearize.report.numerals import short, tick_labels
 from linearize.report.page import measured
 from linearize.report.sources import read_sources
 from linearize.report.views import cache_bytes, cache_views, layer_views, schedule_views, speed_views, thinned
@@ -73,6 +74,63 @@ def test_a_model_looks_the_same_in_all_figures() -> None:
     ]
     looks = style.of(style.models, INK)
     assert len(set(looks)) == len(looks) == 10 and looks[0][0] == looks[6][0] == COLOURS[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0, 0.025, 0.05], ["0.000", "0.025", "0.050"]),
+        ([0.1 * i for i in range(-1, 4)], ["-0.1", "0.0", "0.1", "0.2", "0.3"]),
+        ([2, 4], ["2", "4"]),
+        ([0, 2.5e5, 5e5], ["0", "250k", "500k"]),
+        ([1e6, 1.25e6], ["1.00M", "1.25M"]),
+        ([0, 5e-9], ["0", "5e-09"]),
+        ([], []),
+    ],
+)
+def test_ticks_have_the_decimals_of_their_step(values: list[float], labels: list[str]) -> None:
+    assert tick_labels(values) == labels
+
+
+@pytest.mark.parametrize("kind", ["lines", "bars"])
+def test_axes_are_labelled_without_rounding(kind: str) -> None:
+    heights = [0.0, 0.07, 0.125]
+    view: Lines | Bars = Bars("t", y_label="y", labels=list("abc"), series={"m": heights})
+    if kind == "lines":
+        view = Lines("t", x_label="x", y_label="y", series={"m": [(i / 8, y) for i, y in enumerate(heights)]})
+    figure = draw(view, Style(["m"]))
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    ticks = {label.get_text(): at for label, at in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)}
+    assert len(ticks) > 3 and all(float(text) == pytest.approx(at, abs=1e-9) for text, at in ticks.items())
+
+
+def test_an_svg_says_its_font_and_size_wherever_it_is_opened() -> None:
+    text = svg(Lines("t", x_label="x", y_label="y", series={"a": [(1, 2), (2, 3)]}), Style(["a"]), "one")
+    root = text[: text.index(">")]
+    assert f"font-family: {FONT}" in root and 'xmlns="http://www.w3.org/2000/svg"' in root
+    assert not re.search(r"font: |font-family", text[len(root) :])
+    texts = re.findall(r"<text[^>]*>", text)
+    assert texts and all("font-size: " in opened for opened in texts)
+
+
+def test_crowded_figures_take_both_columns() -> None:
+    def wide(view: Lines | Bars | HeatMap) -> float:
+        return draw(view, Style([])).get_figwidth()
+
+    def bars(models: int) -> Bars:
+        return Bars("t", y_label="y", labels=["a", "b"], series={f"m{i}": [1.0, 2.0] for i in range(models)})
+
+    assert wide(bars(3)) <= COLUMN and wide(bars(20)) >= BOTH
+    curves = {f"m{i}": [(1.0, 2.0)] for i in range(20)}
+    assert wide(Lines("t", x_label="x", y_label="y", series=curves)) >= BOTH
+    assert all(not COLUMN < wide(bars(models)) < BOTH for models in range(1, 24))
+
+
+def test_few_bars_have_their_numbers() -> None:
+    view = Bars("t", y_label="y", labels=["a", "b"], series={"m": [3.2551, None], "n": [3.3336, -0.0625]})
+    found = [text.get_text() for text in draw(view, Style(["m", "n"])).axes[0].texts]
+    assert found == ["3.255", "3.334", "-0.0625"]
 
 
 def test_ids_of_two_figures_differ_and_text_is_not_mathematics() -> None:

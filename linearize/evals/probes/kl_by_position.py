@@ -58,5 +58,5 @@ class KLByPosition(Probe):
         axis: dict[str, Any] = {"x_label": "position (tokens, up to)", "log_x": True}
         return [
             Lines("KL to the teacher by position", y_label="nats per token", series=curve("kl"), **axis),
-            Lines("Same likeliest token as the teacher", y_label="share of positions", series=curve("same"), **axis),
+            Lines("Same likeliest token by position", y_label="share of positions", series=curve("same"), **axis),
         ]

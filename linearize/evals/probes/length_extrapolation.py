@@ -85,7 +85,9 @@ class LengthExtrapolation(Probe):
     @classmethod
     def views(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
         """Loss over the position, and its rise over that of the same tokens after a short context."""
-        lengths = ", ".join(f"{name} {found['seq_len']}" for name, found in results.items())
+        lengths = {name: f"{found['seq_len']:,} tokens" for name, found in results.items()}
+        same = len(set(lengths.values())) == 1
+        told = next(iter(lengths.values())) if same else ", ".join(f"{name} {n}" for name, n in lengths.items())
 
         def curve(key: str) -> dict[str, list[tuple[float, float]]]:
             return {
@@ -95,7 +97,7 @@ class LengthExtrapolation(Probe):
 
         axis: dict[str, Any] = {"x_label": "position (tokens, up to)", "y_label": "nats per token", "log_x": True}
         return [
-            Lines("Loss by position", f"Training lengths in tokens: {lengths}.", series=curve("loss"), **axis),
+            Lines("Loss beyond the training length", f"Training length: {told}.", series=curve("loss"), **axis),
             Lines(
                 "What context beyond the training length adds to the loss",
                 "On the same tokens, against a context of the training length at most: below 0 it helps, above, harms.",
