@@ -44,6 +44,8 @@ class TorchKernels:
         return torch.nn.functional.silu(y) if silu else y
 
     def delta(self, q: Any, k: Any, v: Any, g: Any, beta: Any, scale: float, pool: Any, rows: Rows) -> torch.Tensor:
+        assert q.shape == k.shape and q.shape[:3] == v.shape[:3] == g.shape[:3] == beta.shape
+
         def one(r: int, own: slice, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             tokens = (t[:, own] for t in (q, k, v, g, beta))
             y, after = delta_rule(*tokens, scale=scale, state=before.transpose(-1, -2))
@@ -52,6 +54,8 @@ class TorchKernels:
         return each(one, pool, rows)
 
     def ssd(self, q: Any, k: Any, v: Any, dt: Any, rate: Any, pool: Any, rows: Rows) -> torch.Tensor:
+        assert q.shape == k.shape and q.shape[:3] == v.shape[:3] == dt.shape and dt.shape[2:] == rate.shape
+
         def one(r: int, own: slice, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             written = v[:, own] * dt[:, own, :, None]
             state = before.transpose(-1, -2)

@@ -118,10 +118,13 @@ def test_layers_with_states_of_different_shapes_are_refused(converted: Any) -> N
 # States
 
 
-@every_mixer
+STATES: list[tuple[str, dict[str, Any]]] = [*((key, {}) for key in KERNEL), ("gdn", {"feature_map": "hedgehog"})]
+
+
+@pytest.mark.parametrize("key, settings", STATES, ids=str)
 @torch.no_grad()
-def test_states_have_the_shapes_of_the_models_own_cache(converted: Any, key: str) -> None:
-    model = converted(key, "LSL")
+def test_states_have_the_shapes_of_the_models_own_cache(converted: Any, key: str, settings: dict[str, Any]) -> None:
+    model = converted(key, "LSL", settings=settings)
     shapes = states(model.config)
     assert list(shapes) == [0, 2]
     cache = model(torch.randint(2, 97, (1, 20)), use_cache=True).past_key_values

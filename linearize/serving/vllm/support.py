@@ -4,8 +4,7 @@
 |---|---|---|
 | `gated_delta_rule` | delta rule, a decay per head or none | `gdn` |
 | `kda` | delta rule, a decay per channel | `kda` |
-| `ssd` | sum with a decay dt * rate per head that is written with weight dt, or with a constant decay, or with none | \
-`mamba2`, `lightning`, `retnet` |
+| `ssd` | sum with a decay dt * rate and weight dt per head, a constant decay or none | `mamba2`, `lightning`, ... |
 
 Everything else of a mixer works token by token, and is its own code in vLLM too, so that it need not be known here.
 """
