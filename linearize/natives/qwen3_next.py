@@ -38,6 +38,8 @@ EXPERTS = (
 )
 """The same of Qwen3-MoE."""
 # fmt: on
+VLLM: dict[str, Any] = {"qkv_bias": True}
+"""What vLLM (0.33) reads in place of `attention_bias`, without which it leaves out the gate's bias and says nothing."""
 WANTED = (
     Wanted("feature_map", "identity", "its queries and keys have no feature map", part=True),
     Wanted("decay", "scalar", "its decay is that of Mamba-2", part=True),
@@ -90,6 +92,7 @@ class Qwen3Next(Native):
             head_dim=shape.key_dim,
             rope_parameters={**config.rope_parameters, "partial_rotary_factor": 1.0},
             attention_bias=True,
+            **VLLM,
             layer_types=["linear_attention" if spec else "full_attention" for spec in made.layers],
             linear_conv_kernel_dim=size,
             linear_key_head_dim=shape.key_dim,

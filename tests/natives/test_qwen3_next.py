@@ -58,6 +58,7 @@ def test_the_logits_are_the_converted_models(made: Any, source: str, layers: str
     native = native_model(ours)
     assert type(native).__name__ == "Qwen3NextForCausalLM" and type(native) is Qwen3Next.model_class
     assert "linear" in native.config.layer_types[layers.index("L")]
+    assert native.config.attention_bias and native.config.qkv_bias  # vLLM's name of it
     mask = torch.ones_like(ids)
     mask[1, :17], mask[2, 90:] = 0, 0
     for options in ({}, {"attention_mask": mask}):
