@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,9 +52,10 @@ def ballast(leave: int) -> Iterator[None]:
 
 
 def questions(rows: int, words: int) -> list[Any]:
-    texts = [
-        " ".join(["the", "cat", "saw", "a", "dog"][(i + j) % 5] for j in range(words - i % 7)) for i in range(rows)
-    ]
+    """All different, since the harness asks the same only once."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(["the", "cat", "saw", "a", "dog"], k=words - i % 7)) for i in range(rows)]
+    assert len(set(texts)) == rows
     return [Instance("loglikelihood", {}, (text, " and went home"), i) for i, text in enumerate(texts)]
 
 
