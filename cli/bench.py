@@ -116,21 +116,18 @@ def _prompts(arguments: argparse.Namespace) -> Any:
 
 def _stages(arguments: argparse.Namespace, model: Any) -> list:
     """The stages of the checkpoint's recipe, or of the mixer's default one."""
-    import yaml
-
     from linearize import Recipe
+    from linearize.hf.folder import recipe_in
     from linearize.pipeline import stages_of
     from linearize.registry import known_family
 
     family = known_family(model.config)
     if family is None:  # such as a native export; `bench` says what it lacks
         return []
-    written = Path(arguments.path or "") / "recipe.yaml"
     if arguments.path is None:
         return stages_of(Recipe.load(f"default/{arguments.mixer or 'lolcats'}", model="demo").stages, family)
-    if not written.is_file():
-        return []
-    return stages_of(yaml.safe_load(written.read_text())["stages"], family, trusted=False)
+    recipe = recipe_in(Path(arguments.path)) or {}
+    return stages_of(recipe.get("stages") or [], family, trusted=False)
 
 
 def _model(arguments: argparse.Namespace) -> Any:
