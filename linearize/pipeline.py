@@ -248,8 +248,8 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
             )
         return
     if out.exists() and (not out.is_dir() or not _is_unbegun(out)):
-        remedy = "resume it with --resume" if mark.exists() else "it was not made by this command"
-        raise UserError(f"output folder {out} is in use ({remedy}); choose another with -o, or remove it")
+        what = "holds a conversion (go on with --resume)" if mark.exists() else "was not made by this command"
+        raise UserError(f"output folder {out} {what}; choose another with -o, or remove it")
     try:
         with disk_full(out):
             mark.parent.mkdir(parents=True, exist_ok=True)

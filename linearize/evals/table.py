@@ -33,7 +33,7 @@ def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
     header += [f"KL {length}" for length in diverging]
     header += [f"{branch} off {length}" for branch, length in branches]
     header += [case_name(case) for case in cases] + [f"{task} {metric}" for task, metric in tasks]
-    header += ["tokens", "seconds"]
+    header += ["tokens so far", "training s"]
     rows = []
     for name, m in points:
         row = [name]

@@ -56,7 +56,7 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
 # {name}, linearized with {mixer}
 
 {swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{mixer}` mixer{how}
-with [linearize](https://pypi.org/project/linearize/).{cache}
+with linearize {__version__}.{cache}
 {what}
 ## Use
 

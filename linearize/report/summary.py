@@ -100,7 +100,7 @@ def points_table(model: Source) -> Table:
         row += [_fixed(m.branch_loss(*branch)) for branch in branches]
         row += [percent(m.recall_rate(*case)) for case in cases]
         rows.append([*row, f"{m.tokens:,}", f"{m.seconds:,.0f}"])
-    return Table(model.name, columns=[*columns, "tokens", "seconds"], rows=rows)
+    return Table(model.name, columns=[*columns, "tokens so far", "training s"], rows=rows)
 
 
 def tasks_table(measurements: Mapping[str, Measurement]) -> Table | None:

@@ -79,14 +79,9 @@ def train(
         start, seconds, plateau = state["step"], state["seconds"], Plateau(**state["plateau"])
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     feed = batches(data, micro, config.seed, start * accumulate, rank, world)
-    with tqdm(
-        total=steps * per_step,
-        initial=start * per_step,
-        desc=config.type,
-        unit="tok",
-        unit_scale=True,
-        disable=not accelerator.is_local_main_process,
-    ) as bar:
+    progress = {"total": steps * per_step, "initial": start * per_step, "unit": "tok", "unit_scale": True}
+    shown = accelerator.is_local_main_process
+    with between_steps() as stop, tqdm(**progress, desc=config.type, disable=not shown) as bar:
         for step in range(start, steps):
             began = time.perf_counter()
             torch.manual_seed(stream_seed(config.seed, step, rank))
@@ -114,9 +109,13 @@ def train(
                 accelerator.log(values, step=step)
                 if log:
                     log.write(step, values)
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < steps and accelerator.is_main_process:
+            stopped = stop()
+            due = stopped is not None or (step + 1) % config.checkpoint_every == 0
+            if due and step + 1 < steps and accelerator.is_main_process:
                 state = {"plateau": asdict(plateau), "seconds": seconds}
                 save_checkpoint(folder, step + 1, parameters, optimizer, state, averages)
+            if stopped is not None and step + 1 < steps:
+                raise stopped
     if average:
         average.copy_to(parameters)
     for tracker in accelerator.trackers:  # not end_training(), which would also end the process group of later stages

@@ -100,7 +100,7 @@ def test_convert_makes_a_checkpoint(
     assert main(["generate", str(out), "--prompt", "the cat", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("the cat")
     assert main(line) == 2
-    assert "is in use (resume it with --resume)" in capsys.readouterr().err
+    assert "holds a conversion (go on with --resume)" in capsys.readouterr().err
     assert main([*line, "--resume"]) == 0
 
 
