@@ -27,6 +27,7 @@ from linearize.data import Rows, batches
 from linearize.errors import UserError, disk_full
 from linearize.training.checkpoint import load_checkpoint, save_checkpoint
 from linearize.training.config import TrainingConfig
+from linearize.training.interrupt import between_steps
 from linearize.training.optim import Average, Plateau, adamw, decay
 from linearize.training.processes import processes, summed
 
@@ -79,7 +80,7 @@ def train(
         start, seconds, plateau = state["step"], state["seconds"], Plateau(**state["plateau"])
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     feed = batches(data, micro, config.seed, start * accumulate, rank, world)
-    progress = {"total": steps * per_step, "initial": start * per_step, "unit": "tok", "unit_scale": True}
+    progress: dict[str, Any] = {"total": steps * per_step, "initial": start * per_step, "unit": "tok", "unit_scale": True}
     shown = accelerator.is_local_main_process
     with between_steps() as stop, tqdm(**progress, desc=config.type, disable=not shown) as bar:
         for step in range(start, steps):
