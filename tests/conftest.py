@@ -110,7 +110,7 @@ def converted(pico_model: Callable[..., Any]) -> Callable[..., Any]:
 
         overrides = {"num_hidden_layers": len(layers), **overrides}
         model = pico_model(seed, **overrides) if family == "llama" else pico.pico_model(family, seed, **overrides)
-        mixer = {**small_mixer(key), **(settings or {})}
+        mixer = {**pico.small_mixer(key), **(settings or {})}
         index = [0 if letter == "L" else None for letter in layers]
         linearized(model, {"mixers": [mixer], "layers": index})
         noise = torch.Generator().manual_seed(seed)
@@ -121,18 +121,6 @@ def converted(pico_model: Callable[..., Any]) -> Callable[..., Any]:
         return model.eval()
 
     return make
-
-
-def small_mixer(key: str) -> dict[str, Any]:
-    """The description of mixer `key` with a window of 8 and chunks of 16 tokens, where it has them."""
-    import dataclasses
-
-    from linearize import registry
-    from linearize.mixers.base import Mixer
-
-    defaults = dataclasses.asdict(registry.find("mixers", key, Mixer).Config())
-    small = {"window": 8, "chunk_size": 16}
-    return {"type": key, **{name: value for name, value in small.items() if defaults.get(name)}}
 
 
 @pytest.fixture

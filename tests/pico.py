@@ -112,3 +112,15 @@ def pico_model(key: str, seed: int = 0, **overrides: Any) -> Any:
         if parameter.ndim == 1 or not parameter.any():
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=noise)
     return model
+
+
+def small_mixer(key: str) -> dict[str, Any]:
+    """The description of mixer `key` with a window of 8 and chunks of 16 tokens, where it has them."""
+    import dataclasses
+
+    from linearize import registry
+    from linearize.mixers.base import Mixer
+
+    defaults = dataclasses.asdict(registry.find("mixers", key, Mixer).Config())
+    small = {"window": 8, "chunk_size": 16}
+    return {"type": key, **{name: value for name, value in small.items() if defaults.get(name)}}

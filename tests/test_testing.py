@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_mixer
+from pico import small_mixer
 from torch import nn
 
 from linearize.inits.base import Constant, Init

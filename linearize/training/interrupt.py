@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def between_steps() -> Iterator[Callable[[], BaseException | None]]:
         if wanted:
             raise stop
         wanted.append(stop)
-        tqdm.write("stopping after this step; once more to stop at once")
+        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

@@ -80,9 +80,9 @@ def train(
         start, seconds, plateau = state["step"], state["seconds"], Plateau(**state["plateau"])
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     feed = batches(data, micro, config.seed, start * accumulate, rank, world)
-    progress: dict[str, Any] = {"total": steps * per_step, "initial": start * per_step, "unit": "tok", "unit_scale": True}
+    progress: dict[str, Any] = {"total": steps * per_step, "initial": start * per_step, "desc": config.type}
     shown = accelerator.is_local_main_process
-    with between_steps() as stop, tqdm(**progress, desc=config.type, disable=not shown) as bar:
+    with between_steps() as stop, tqdm(**progress, unit="tok", unit_scale=True, disable=not shown) as bar:
         for step in range(start, steps):
             began = time.perf_counter()
             torch.manual_seed(stream_seed(config.seed, step, rank))
@@ -111,11 +111,11 @@ def train(
                 if log:
                     log.write(step, values)
             stopped = stop()
-            due = stopped is not None or (step + 1) % config.checkpoint_every == 0
-            if due and step + 1 < steps and accelerator.is_main_process:
+            due = (step + 1) % config.checkpoint_every == 0 and step + 1 < steps
+            if (due or stopped is not None) and accelerator.is_main_process:
                 state = {"plateau": asdict(plateau), "seconds": seconds}
                 save_checkpoint(folder, step + 1, parameters, optimizer, state, averages)
-            if stopped is not None and step + 1 < steps:
+            if stopped is not None:
                 raise stopped
     if average:
         average.copy_to(parameters)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_mixer
+from pico import small_mixer
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, GenerationConfig, StaticCache

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from conftest import small_mixer
 from ops.op_cases import assert_close
+from pico import small_mixer
 from torch.utils._pytree import tree_leaves
 
 from linearize import registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from conftest import small_mixer
+from pico import small_mixer
 
 from linearize import registry
 from linearize.hf.auto import find_class
