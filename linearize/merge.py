@@ -68,8 +68,8 @@ def merge(folders: Sequence[str | Path], out: str | Path, weights: Sequence[floa
         `out`.
 
     Raises:
-        UserError: for checkpoints that are incomplete, differ or hold an adapter, for weights that do not fit, for
-            whole numbers that differ, for an existing `out`, and a full disk; nothing is written.
+        UserError: for checkpoints that are incomplete, differ, hold an adapter or are given twice, for weights that do
+            not fit, for whole numbers that differ, for an existing `out`, and a full disk; nothing is written.
     """
     paths, out = [Path(folder).expanduser() for folder in folders], Path(out).expanduser()
     shares = _shares(paths, weights)
@@ -113,6 +113,9 @@ def mean(key: str, tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> 
 def _shares(paths: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
     if len(paths) < 2:
         raise UserError(f"merging takes two or more checkpoints, got {len(paths)}")
+    places = [path.resolve() for path in paths]
+    if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
+        raise UserError(f"{twice[0]} is given {len(twice)} times; name each checkpoint once, and count it by `weights`")
     if weights is None:
         return [1 / len(paths)] * len(paths)
     if len(weights) != len(paths):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def test_the_mean_is_that_of_float64_in_the_type_of_the_inputs(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_inputs_stay_to_the_bit(make: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
     a = make("a", 0, dtype)
-    out = merge([a, a, a], tmp_path / "out")
+    copies = [shutil.copytree(a, tmp_path / f"copy {i}") for i in range(2)]
+    out = merge([a, *copies], tmp_path / "out")
     for file in a.glob("*.safetensors"):
         assert (out / file.name).read_bytes() == file.read_bytes()
     zero = torch.tensor([-0.0, 0.0, float("inf")])
@@ -119,6 +121,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
         assert not out.exists() and not list(tmp_path.glob(".out*"))
 
     refused([a], "two or more checkpoints, got 1")
+    refused([a, b, a.parent / "x" / ".." / a.name], "is given 2 times; name each checkpoint once")
     refused([a, b], "2 checkpoints need as many weights, got 1: 1", [1.0])
     refused([a, b], "weights 0.5,0.6 must lie from 0 to 1 and sum to 1, and they sum to 1.1", [0.5, 0.6])
     refused([a, b], "weights -0.5,1.5 must lie", [-0.5, 1.5])

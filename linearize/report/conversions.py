@@ -169,7 +169,8 @@ def _row(
     row += [gap(last.loss(length), length) for length in lengths]
     row += [number(None if (found := last.diverges(length)) is None else found.kl) for length in diverging]
     row += [gap(last.branch_loss("linear", length), length) for length in lengths]
-    return [*row, *(percent(last.recall_rate(*case)) for case in cases), f"{last.tokens:,}"]
+    tokens = f"{last.tokens:,}" if c.points else NOTHING  # which is known from measurements
+    return [*row, *(percent(last.recall_rate(*case)) for case in cases), tokens]
 
 
 def _teachers(found: Sequence[Conversion], lengths: list[int], cases: list[tuple[int, int]]) -> str:
