@@ -19,16 +19,24 @@ class UserError(ValueError):
     """A mistake the user can fix; the command line prints the message alone and exits with code 2."""
 
 
+MANY = 40
+"""Options that are too many to be listed where one is close to what was written."""
+
+
 def did_you_mean(value: str, options: Iterable[str]) -> str:
-    """The tail of an "unknown name" message: the closest option, if one is close, then all of them, sorted.
+    """The tail of an "unknown name" message: the closest option, if one is close, then all of them, sorted; of more
+    than `MANY` options those that are close, if any is.
 
     >>> "unknown mixer 'gated_deltnet'" + did_you_mean("gated_deltnet", ["lolcats", "gated_deltanet"])
     "unknown mixer 'gated_deltnet'; did you mean 'gated_deltanet'? known: gated_deltanet, lolcats"
     """
     names = sorted(options)
     folded = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(str(value).lower(), folded, n=1, cutoff=0.6)
-    guess = f"did you mean {folded[close[0]]!r}? " if close else ""
+    close = [folded[name] for name in difflib.get_close_matches(str(value).lower(), folded, n=5, cutoff=0.6)]
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    if len(names) > MANY and close:
+        others = f"also close: {', '.join(close[1:])}; " if close[1:] else ""
+        return f"; {guess}{others}{len(names)} are known"
     return f"; {guess}known: {', '.join(names) or 'none'}"
 
 

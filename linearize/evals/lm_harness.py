@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -73,7 +75,7 @@ def lm_eval_tasks(
     names = expand(tasks)
     manager = _task_manager(names, include_path)
     try:
-        with evaluating(model), own_random_numbers(), watching(model) as broken:
+        with evaluating(model), own_random_numbers(), _quiet(), watching(model) as broken:
             found = simple_evaluate(
                 model=in_memory(model, tokenizer, batch_size),
                 tasks=names,
@@ -116,6 +118,26 @@ def own_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(ours)
         np.random.set_state(numpys)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the context the harness neither looks for git and pip, which takes seconds and can print errors that are
+    none, nor warns that a model is in memory.
+    """
+    from lm_eval import evaluator
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    with (
+        mock.patch.object(evaluator, "get_git_commit_hash", lambda: None),
+        mock.patch.object(evaluator, "add_env_info", lambda results: None),
+    ):
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _read(found: dict[str, Any], asked: Sequence[str], own: set[str], lost: bool) -> TaskResults:
