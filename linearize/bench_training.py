@@ -17,8 +17,8 @@ import torch
 from linearize.memory import now, out_of_memory, peak_bytes, release
 from linearize.stages.base import Stage
 from linearize.swap import softmax_path
-from linearize.training.loop import autocast
 from linearize.training.optim import adamw
+from linearize.training.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def time_stages(
     )
     for stage in (stage for stage in stages if stage.trains):
         release()
-        yield _time_stage(model, stage, ids, repeats)
+        with stage.precise(model):
+            speed = _time_stage(model, stage, ids, repeats)
+        yield speed
 
 
 def _time_stage(model: Any, stage: Stage, ids: torch.Tensor, repeats: int) -> StepSpeed:

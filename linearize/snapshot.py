@@ -38,6 +38,12 @@ class Snapshot:
         assert not self.active
         return self._other.get(parameter)
 
+    def match_types(self) -> None:
+        """Give each kept value the type that its parameter has now."""
+        assert not self.active
+        for p, other in self._other.items():
+            self._other[p] = other.to(p.dtype)
+
     @contextmanager
     def as_kept(self) -> Iterator[None]:
         """Inside the context the parameters hold the kept values; nested uses do nothing more."""

@@ -92,7 +92,7 @@ def test_a_conversion_from_end_to_end(source: Path) -> None:
     for name, point in points.items():
         row = next(line for line in card.splitlines() if line.startswith(f"| {name} "))
         assert f"{point['losses'][0]['loss']:.3f}" in row
-    assert "gap |" in card and "tokens |" in card and said[-2] in card
+    assert "gap |" in card and "tokens so far |" in card and said[-2] in card
     assert recipe.to_yaml().strip() in card
     for stage in ("0-attention_transfer", "1-finetune"):
         assert [line["step"] for line in metrics(out / "run" / stage)] == [0, 1]

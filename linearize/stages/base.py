@@ -8,7 +8,8 @@ stage that does not train derives from `Edit` and says what it changes in `edit`
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,8 @@ from linearize.families.base import Family
 from linearize.swap import source_weights
 from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
 from linearize.training.loop import Batch, Metrics, train
-from linearize.training.names import GROUPS, spelled_out
+from linearize.training.names import GROUPS, own_name, spelled_out
+from linearize.training.precision import float32_weights, precision
 from linearize.training.processes import is_main
 
 
@@ -63,8 +65,10 @@ class Stage:
         """Raise the errors that `prepare` would, and change nothing; `model` may lie on the meta device."""
 
     def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise a UserError for a pattern of `lrs` or `unfreeze` that matches none of the trained parameters' names."""
-        names = list(names)
+        """Raise a UserError for a pattern of `lrs` or `unfreeze` that matches none of the trained parameters' names,
+        and where nothing trains from the start.
+        """
+        names = [own_name(name) for name in names]
         for key in ("lrs", "unfreeze"):
             for pattern in getattr(self.config, key):
                 if not fnmatch.filter(names, pattern):
@@ -72,6 +76,12 @@ class Stage:
                         f"stage {self.config.type}: {key} pattern {pattern!r} matches nothing that trains; what trains "
                         f"looks like {', '.join(names[:3])}; groups are {GROUPS}"
                     )
+        first = min((self.starts(name) for name in names), default=0.0)
+        if first > 0:
+            raise UserError(
+                f"stage {self.config.type}: unfreeze lets nothing train before {first:g} of the steps; leave a pattern "
+                f"out, or train what is to wait in a later stage; what trains looks like {', '.join(names[:3])}"
+            )
 
     def check_data(self, own: DataConfig, recipe: DataConfig) -> None:
         """Raise errors that the data cause: the stage's `own`, and the recipe's, from which they may differ."""
@@ -132,16 +142,18 @@ class Stage:
 
     def lr_scale(self, name: str) -> float:
         """Factor on the learning rate for the parameter `name`: the last pattern of `lrs` that matches it decides."""
-        rates = [lr for pattern, lr in self.config.lrs.items() if fnmatch.fnmatchcase(name, pattern)]
-        return rates[-1] / self.config.lr if rates else 1.0
+        return _last_match(self.config.lrs, name, self.config.lr) / self.config.lr
+
+    def starts(self, name: str) -> float:
+        """Share of the steps after which the parameter `name` begins to train, by `unfreeze`."""
+        return _last_match(self.config.unfreeze, name, 0.0)
 
     def at(self, model: Any, parameters: dict[str, nn.Parameter], done: float) -> None:
         """Ready the next step, when the share `done` of all steps was taken: freeze what is not to train yet."""
         if not self.config.unfreeze:
             return
         for name, p in parameters.items():
-            starts = [share for pattern, share in self.config.unfreeze.items() if fnmatch.fnmatchcase(name, pattern)]
-            p.requires_grad_(not starts or done >= starts[-1])
+            p.requires_grad_(done >= self.starts(name))
 
     def begin(self, model: Any) -> tuple[dict[str, torch.dtype], dict[str, nn.Parameter]]:
         """Freeze the model but for what this stage trains, which is put into float32.
@@ -159,6 +171,11 @@ class Stage:
             p.requires_grad_(True)
         model.train(self.dropout)
         return dtypes, parameters
+
+    def precise(self, model: Any) -> AbstractContextManager:
+        """The context in which weights have the types that the stage computes in; trained ones are float32 anyway."""
+        fp32 = precision(self.config, next(model.parameters()).device) == "fp32"
+        return float32_weights(model) if fp32 else nullcontext()
 
     def run(
         self, model: Any, data: PackedDataset | None, folder: Path, resume: bool = False, keep_source: bool = False
@@ -194,6 +211,15 @@ class Stage:
     ) -> tuple[float, dict[str, torch.Tensor]]:
         """What `run` does where there is no result yet; returns seconds of training, and what `finish` does."""
         assert data is not None, f"stage {self.config.type} trains, and was given no data"
+        with self.precise(model):
+            seconds, parameters = self._train(model, data, folder, resume)
+        with torch.no_grad():
+            return seconds, self.finish(model, parameters)
+
+    def _train(
+        self, model: Any, data: PackedDataset, folder: Path, resume: bool
+    ) -> tuple[float, dict[str, nn.Parameter]]:
+        """Seconds that it took, and the trained parameters, which have their own types again."""
         rows = self.rows(model, data, folder, resume)
         dtypes, parameters = self.begin(model)
         if self.config.gradient_checkpointing:
@@ -216,8 +242,7 @@ class Stage:
         for name, p in parameters.items():
             p.data = p.data.to(dtypes[name])
             p.requires_grad_(False)
-        with torch.no_grad():
-            return seconds, self.finish(model, parameters)
+        return seconds, parameters
 
 
 class Edit(Stage):
@@ -235,6 +260,12 @@ class Edit(Stage):
     ) -> tuple[float, dict[str, torch.Tensor]]:
         with torch.no_grad():
             return 0.0, self.edit(model)
+
+
+def _last_match(values: Mapping[str, float], name: str, otherwise: float) -> float:
+    """The value of the last pattern that matches the parameter `name`, as the model without adapters calls it."""
+    found = [value for pattern, value in values.items() if fnmatch.fnmatchcase(own_name(name), pattern)]
+    return found[-1] if found else otherwise
 
 
 def _is_of_source(name: str) -> bool:

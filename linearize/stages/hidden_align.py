@@ -134,7 +134,9 @@ class HiddenAlign(Tuned):
             if not any(p.requires_grad for p in block.parameters()):
                 return
             with torch.enable_grad(), student_path(block, source_weights(model)):
+                block.train(self.dropout)  # as the model was before it became the teacher
                 found = _first(block.forward(*args, **kwargs))
+                block.eval()
                 part = loss(found, _first(output), keep)
                 (part * weight).backward()
             metrics[f"layer_{index}"] = part.detach()

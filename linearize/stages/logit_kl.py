@@ -26,7 +26,8 @@ from linearize.errors import UserError
 from linearize.losses import coarse_divergence, divergence, likeliest, next_token
 from linearize.stages.tuning.cached import LOG_PROBS, TOKENS, WithPredictions, write_predictions
 from linearize.stages.tuning.tuned import Tuned, TunedConfig
-from linearize.training.loop import Batch, Metrics, autocast
+from linearize.training.loop import Batch, Metrics
+from linearize.training.precision import autocast
 from linearize.training.processes import is_main, join, wait_for_all
 
 CACHE = "teacher"

@@ -42,7 +42,9 @@ class TrainingConfig(StageConfig):
         description="Decay after warm-up; plateau multiplies by 0.1 when the mean loss stops falling.",
     )
     warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps in which lr rises linearly from 0.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate of a decay, as a share of lr.")
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="Share of lr at which a decay ends, one step after the last."
+    )
     plateau_patience: Count = Field(
         50, gt=0, description="Optimiser steps per window whose mean loss the plateau schedule compares."
     )
@@ -58,11 +60,12 @@ class TrainingConfig(StageConfig):
     unfreeze: dict[str, float] = Field(
         {},
         description="Share of the steps after which parameters begin to train, by group or shell-style pattern as in "
-        "`train`; the last that matches counts, all others train from the start.",
+        "`train`; the last that matches counts, all others train from the start, and some must.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Compute precision; auto is bf16 autocast on GPUs and fp32 on CPUs. Weights train in fp32.",
+        description="Compute precision; auto is bf16 autocast on GPUs and fp32 on CPUs. Weights train in fp32; with "
+        "fp32 those that do not are held in it too while the stage lasts, 2 bytes more for each half-precision one.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     checkpoint_every: int = Field(100, gt=0, description="Optimiser steps between resumable checkpoints.")

@@ -12,8 +12,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from linearize.training.checkpoint import load_checkpoint, save_checkpoint
 from linearize.training.config import TrainingConfig
 from linearize.training.interrupt import between_steps
 from linearize.training.optim import Average, Plateau, adamw, decay
+from linearize.training.precision import autocast
 from linearize.training.processes import processes, summed
 
 Batch = dict[str, torch.Tensor]
@@ -58,7 +58,8 @@ def train(
             summed metrics; "loss" among them.
         count: how many items a micro-batch's summed loss has (tokens, mostly); gradients are means over the step.
         lr_scale: factor on the learning rate by parameter name.
-        at: called before each step with the share of the steps that are done.
+        at: called before each step with the share of the steps that are done; what it draws is the same in all
+            processes.
         resume: start from the newest checkpoint in `folder` if there is one.
 
     Returns:
@@ -85,8 +86,9 @@ def train(
     with between_steps() as stop, tqdm(**progress, unit="tok", unit_scale=True, disable=not shown) as bar:
         for step in range(start, steps):
             began = time.perf_counter()
-            torch.manual_seed(stream_seed(config.seed, step, rank))
+            torch.manual_seed(stream_seed(config.seed, step))
             at(step / steps)
+            torch.manual_seed(stream_seed(config.seed, step, rank))
             micros = [{k: v.to(device, non_blocking=True) for k, v in next(feed).items()} for _ in range(accumulate)]
             values = _gradients(config, parameters, micros, backward, count)
             values["grad_norm"] = float(clip_grad_norm_(parameters.values(), config.clip or math.inf))
@@ -127,14 +129,6 @@ def train(
 def stream_seed(*parts: int) -> int:
     """A 32-bit seed from several numbers; PyTorch's CPU generator reads no more bits than that."""
     return zlib.crc32(repr(parts).encode())
-
-
-def autocast(config: TrainingConfig, device: torch.device) -> Any:
-    """The compute precision that `config` asks for on `device`."""
-    wanted = config.precision
-    if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" else "fp32"
-    return torch.autocast(device.type, torch.bfloat16) if wanted == "bf16" else nullcontext()
 
 
 class MetricsLog:
@@ -193,10 +187,21 @@ def _gradients(
         with autocast(config, device):
             for key, value in backward(batch, 1 / items).items():
                 metrics[key] = metrics.get(key, torch.zeros((), device=device)) + value.detach()
-    for p in parameters.values():
-        if p.grad is not None:
-            p.grad = summed(p.grad)
+    _exchange(parameters.values(), device)
     return {key: float(summed(value)) / items for key, value in metrics.items()}
+
+
+def _exchange(parameters: Collection[torch.nn.Parameter], device: torch.device) -> None:
+    """Sum gradients over all processes, in each of which others may be missing: an expert that no token reached, say.
+
+    A parameter that has none in any process keeps none, so that the optimiser leaves it alone.
+    """
+    if processes() == 1:
+        return
+    found = summed(torch.tensor([float(p.grad is not None) for p in parameters], device=device))
+    for p, somewhere in zip(parameters, found.tolist(), strict=True):
+        if somewhere:
+            p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 def _groups(parameters: dict[str, torch.nn.Parameter], lr_scale: Callable[[str], float]) -> list[dict]:

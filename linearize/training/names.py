@@ -28,6 +28,11 @@ def groups(family: type[Family]) -> dict[str, list[str]]:
     }
 
 
+def own_name(name: str) -> str:
+    """A parameter's name without what an adapter around its module adds to it: q_proj.base_layer.weight is q_proj's."""
+    return name.replace(".base_layer.", ".")
+
+
 def spelled_out(config: Any, family: type[Family]) -> Any:
     """A stage's settings with patterns in the place of the names of groups; of dicts, the last entry still counts."""
     known = groups(family)

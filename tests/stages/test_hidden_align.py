@@ -201,3 +201,23 @@ def test_encoders_are_refused(where: str, key: str) -> None:
     stage = cls(cls.Config.model_validate({"tokens": 128, "where": where}), pico.find_family(key))
     with pytest.raises(UserError, match="hidden_align is for models that predict the next token.*attention_transfer"):
         stage.check(pico.pico_model(key))
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_the_student_drops_out_and_the_teacher_does_not(
+    converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, where: str
+) -> None:
+    model = converted("lolcats", LAYERS)
+    data = dataset(tmp_path, pico_tokenizer)
+    modes: dict[bool, set[bool]] = {True: set(), False: set()}
+
+    def see(module: Any, args: Any) -> None:
+        modes[module.self_attn.teacher].add(module.training)
+        assert all(m.training == module.training for m in module.modules())
+
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda m, args: see(model.model.layers[0], args))
+    make_stage("hidden_align", where=where, train=["mixer"], lora={"r": 2, "dropout": 0.5}).run(
+        model, data, tmp_path / "run"
+    )
+    assert modes == {True: {False}, False: {True}}
+    assert not any(m.training for m in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from trainable import make_recipe, metrics, write_source
 from linearize.pipeline import convert
 
 CLI = ["-m", "linearize.cli.main", "convert"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -96,15 +98,14 @@ def test_two_processes_give_the_weights_of_one(
     common = {"tokens": 4 * 4 * 32, "batch_size": 4}
     stages = [
         {"type": "attention_transfer", **common},
-        {"type": "finetune", "train": ["*"], "lr": 1e-3, "micro_batch_size": 1, **common},
+        {"type": "finetune", "train": ["*"], "lr": 1e-3, "micro_batch_size": 1, "window_dropout": [0.5], **common},
     ]
     evaluation = {"windows": 2, "recall": False, "batch_size": 2, "split": "train"}
     data = {"source": str(tmp_path / "train.jsonl"), "seq_len": 32, "packing": False}  # rows of unequal length
     recipe = write_recipe(tmp_path, stages=stages, evaluation=evaluation, data=data)
     one, two = tmp_path / "one", tmp_path / "two"
     convert(recipe, one, say=lambda text: None)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, *CLI, "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(two)]
+    command = [*TWO, *CLI, "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(two)]
     status, printed = run_group(command, tmp_path)
     assert status == 0, printed
     assert printed.count(f"checkpoint written to {two}") == 1
@@ -119,3 +120,19 @@ def test_two_processes_give_the_weights_of_one(
         assert [line["step"] for line in b] == list(range(4))
         torch.testing.assert_close([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-4, atol=1e-5)
     assert yaml.safe_load((two / "recipe.yaml").read_text()) == recipe.model_dump(mode="json")
+
+
+def test_gradients_that_only_one_process_has(tmp_path: Path) -> None:
+    """Its sum reaches both; a parameter without any gradient is not even moved by weight decay."""
+    script, found = str(Path(__file__).with_name("gradients_of_two.py")), {}
+    for name, start in (("one", [sys.executable]), ("two", TWO)):
+        (tmp_path / name).mkdir()
+        status, printed = run_group([*start, script, str(tmp_path / name)], tmp_path)
+        assert status == 0, printed
+        found[name] = [json.loads(path.read_text()) for path in sorted((tmp_path / name).glob("*.json"))]
+    assert len(found["two"]) == 2 and found["two"][0] == found["two"][1]
+    expected = found["one"][0]
+    assert expected["nobody"] == found["two"][0]["nobody"] == [1.0, 1.0]
+    assert expected["first"][0] < 0.9
+    for name in ("first", "second"):
+        torch.testing.assert_close(found["two"][0][name], expected[name])

@@ -149,3 +149,68 @@ def test_what_would_change_nothing_is_refused(
 def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         make_stage("finetune", **FULL, **settings)
+
+
+@pytest.mark.parametrize("key", ["attention_transfer", "matrix_align", "hidden_align"])
+@pytest.mark.parametrize("late", [False, True])
+def test_layers_in_which_nothing_trains_are_passed_over(
+    converted: Callable[..., Any], data: Any, tmp_path: Path, key: str, late: bool
+) -> None:
+    model = converted("lolcats", "LSL")
+    before = snapshot(model)
+    first, last = "model.layers.0.*.mixer.*", "model.layers.2.*.mixer.*"
+    settings = {"train": [first, last], "unfreeze": {last: 0.5}} if late else {"train": [first]}
+    make_stage(key, steps=4, lr=1e-2, **settings).run(model, data, tmp_path / "run")
+    changed = {name.split(".")[2] for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed == ({"0", "2"} if late else {"0"})
+    lines = metrics(tmp_path / "run")
+    assert ["layer_2" in line for line in lines] == [late and step >= 2 for step in range(4)]
+    assert all("layer_0" in line for line in lines)
+
+
+@pytest.mark.parametrize("key", ["attention_transfer", "matrix_align", "hidden_align", "finetune"])
+def test_something_trains_from_the_start(converted: Callable[..., Any], key: str) -> None:
+    unfreeze = {"mixer": 0.5, "model.layers.0.*": 0.25}
+    with torch.device("meta"):
+        model = converted("lolcats", "LSL").to("meta")
+    with pytest.raises(UserError, match="unfreeze lets nothing train before 0.25 of the steps; leave a pattern out"):
+        make_stage(key, train=["mixer"], unfreeze=unfreeze).check(model)
+
+
+def test_a_stage_that_compares_what_comes_before_all_that_trains(
+    converted: Callable[..., Any], data: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="depends on nothing that trains"):
+        make_stage("attention_transfer", train=["o"]).run(converted("lolcats"), data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_patterns_mean_the_same_parameters_where_an_adapter_is(converted: Callable[..., Any], dora: bool) -> None:
+    model = converted("lolcats", "LSL")
+    lrs = {"*.q_proj.weight": 0.5, "*.v_proj.lora_*": 0.25}
+    unfreeze = {"*.q_proj.weight": 0.5}
+    if dora:
+        lrs["*.o_proj.lora_magnitude*"] = 0.125
+    stage = make_stage(
+        "finetune", train=["q", "mixer"], lora={"r": 2, "dora": dora}, lr=1.0, lrs=lrs, unfreeze=unfreeze
+    )
+    stage.check(model)
+    _, parameters = stage.begin(model)
+    stage.at(model, parameters, 0.0)
+    base = [name for name in parameters if name.endswith("q_proj.base_layer.weight")]
+    assert len(base) == 3 and not any(parameters[name].requires_grad for name in base)
+    assert {stage.lr_scale(name) for name in base} == {0.5}
+    assert {stage.lr_scale(name) for name in parameters if ".v_proj.lora_" in name} == {0.25}
+    magnitudes = [name for name in parameters if ".o_proj.lora_magnitude" in name]
+    assert [stage.lr_scale(name) for name in magnitudes] == ([0.125] * 3 if dora else [])
+    stage.at(model, parameters, 0.5)
+    assert all(p.requires_grad for p in parameters.values())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_pattern_of_magnitudes_needs_dora(converted: Callable[..., Any], dora: bool) -> None:
+    stage = make_stage("finetune", lora={"r": 2, "dora": dora}, lrs={"*.lora_magnitude*": 1e-3})
+    if dora:
+        return stage.check(converted("lolcats"))
+    with pytest.raises(UserError, match="lrs pattern '.*lora_magnitude.' matches nothing that trains"):
+        stage.check(converted("lolcats"))

@@ -96,13 +96,23 @@ class Forced(Stage):
         keep = None if mask is None else mask.bool()
 
         def train(name: str, attn: SwappedAttention, call: Call, heads: torch.Tensor, output: torch.Tensor) -> None:
+            if not any(p.requires_grad for p in attn.parameters()):
+                return
             target = self.target(attn, call, heads, output)
             with torch.enable_grad(), student_path(attn, weights):
                 loss = self.layer_loss(attn, call, target, keep)
+                if not loss.requires_grad:  # what trains here comes after what is compared
+                    return
                 (loss * weight).backward()
             metrics[f"layer_{attn.layer_idx}"] = loss.detach()
 
         with torch.no_grad():
             run_teacher(model, {k: v for k, v in batch.items() if k != "labels"}, train)
+        if not metrics:
+            raise UserError(
+                f"stage {self.config.type}: what it compares depends on nothing that trains "
+                f"({', '.join(self.config.train)}); train other parameters here, such as mixer, q or k, and these in a "
+                "later stage"
+            )
         metrics["loss"] = torch.stack(list(metrics.values())).mean()
         return metrics

@@ -78,7 +78,8 @@ class Tuned(Stage):
         names = list(self.chosen(model))
         if self.config.lora is not None:
             targets = target_modules(model, self.config.lora.targets, self.family)
-            names += [f"{target}.lora_{side}.default.weight" for target in targets for side in "AB"]
+            parts = ["A", "B", *(["magnitude_vector"] if self.config.lora.dora else [])]
+            names += [f"{target}.lora_{part}.default.weight" for target in targets for part in parts]
         self.check_patterns(names)
         if self.config.window_dropout and "window" not in branches_of(model):
             raise UserError(f"stage {kind}: window_dropout finds no window; leave it out, or set mixer.window")
