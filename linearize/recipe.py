@@ -34,7 +34,7 @@ from linearize.mixers.base import config_from_dict
 from linearize.model_names import resolve_model
 from linearize.recipe_files import available, find_recipe, override, read_recipe
 from linearize.registry import find, find_class
-from linearize.schema import Count, Strict, user_error
+from linearize.schema import WITHOUT_EFFECT, Count, Strict, user_error
 from linearize.select.base import Selector
 from linearize.stages.base import Stage
 
@@ -123,7 +123,9 @@ class Recipe(Strict):
     evaluation: EvalConfig | None = Field(
         None, description="What is measured on teacher and student; null for nothing."
     )
-    export: ExportConfig = Field(default_factory=ExportConfig, description="How the result is written.")
+    export: ExportConfig = Field(
+        default_factory=ExportConfig, json_schema_extra=WITHOUT_EFFECT, description="How the result is written."
+    )
     init: InitConfig = Field(default_factory=InitConfig, description="How new tensors get their first values.")
     seed: int = Field(0, description="Seed of newly initialised tensors.")
 

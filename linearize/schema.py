@@ -7,9 +7,13 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from linearize.errors import UserError, did_you_mean
 
+WITHOUT_EFFECT: Any = {"without_effect": True}
+"""`json_schema_extra` of a field that changes speed, memory or what is written, and no result that training leaves: a
+resumed conversion may change it."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -17,6 +21,11 @@ class Strict(BaseModel):
     """Base of every recipe section: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def without_effect(field: FieldInfo) -> bool:
+    """Whether the field is marked by `WITHOUT_EFFECT`."""
+    return isinstance(field.json_schema_extra, dict) and "without_effect" in field.json_schema_extra
 
 
 def parse_count(value: Any) -> Any:

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,6 +98,12 @@ class PackedDataset:
         """Number of tokens, padding not counted."""
         return self.info["tokens"]
 
+    @cached_property
+    def content(self) -> str:
+        """A digest of all rows, the same wherever and whenever they were prepared."""
+        known = self.info.get("content")  # which data that were prepared by an earlier version lack
+        return known or _digest(self._shards).hexdigest()
+
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The items at `indices`: input_ids, labels, position_ids, maybe attention_mask, `[B, T]` int64.
 
@@ -131,6 +138,15 @@ class PackedDataset:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[shard])  # negative: counted from the shard's end
         return tuple(self._shards[shard][name][row] for name in _TENSORS)
+
+
+def _digest(shards: Iterable[Mapping[str, torch.Tensor]], found: Any = None) -> Any:
+    """A SHA-256 of the tensors of prepared data, after those that went into `found`."""
+    found = hashlib.sha256() if found is None else found
+    for shard in shards:
+        for name in _TENSORS:
+            found.update(shard[name].numpy())
+    return found
 
 
 def batches(
@@ -244,6 +260,7 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
     """Write shards and, last, meta.json into `folder`."""
     counter: Counter[str] = Counter(documents=0, tokens=0)
     tokens = 0
+    content = _digest([])
     shards: list[str] = []
     pending: list[Row] = []
     for item in _items(config, tokenizer, rows, counter):
@@ -253,14 +270,15 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
         tokens += real
         pending += item
         if len(pending) * config.seq_len >= _SHARD_TOKENS:
-            shards.append(_save(pending, folder, len(shards)))
+            shards.append(_save(pending, folder, len(shards), content))
             pending = []
     if pending:
-        shards.append(_save(pending, folder, len(shards)))
+        shards.append(_save(pending, folder, len(shards), content))
     if not shards:
         raise UserError(_too_little(config, counter))
     meta = {"seq_len": config.seq_len, "shuffle": config.shuffle, "tokens": tokens, "shards": shards}
     meta |= {"item_rows": config.item_rows, "config": config.model_dump(), **counter, "tokens": tokens}
+    meta["content"] = content.hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -288,10 +306,11 @@ def _counted(documents: Iterator[Document], counter: Counter[str], config: DataC
             yield document
 
 
-def _save(rows: list[Row], folder: Path, number: int) -> str:
+def _save(rows: list[Row], folder: Path, number: int, content: Any) -> str:
     ids, documents, trained, lengths = zip(*rows, strict=True)
     arrays = (np.stack(ids), np.stack(documents), np.stack(trained), np.asarray(lengths, np.int32))
     tensors = {name: torch.from_numpy(array) for name, array in zip(_TENSORS, arrays, strict=True)}
+    _digest([tensors], content)
     name = f"shard-{number:05d}.safetensors"
     save_file(tensors, folder / name)
     with open(folder / name, "rb") as file:

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from linearize.evals.probe_groups import ungrouped
 from linearize.evals.probes.base import probe_of
-from linearize.schema import Strict
+from linearize.schema import WITHOUT_EFFECT, Strict
 
 
 class EvalConfig(Strict):
@@ -54,6 +54,7 @@ class EvalConfig(Strict):
     sample_tokens: PositiveInt = Field(48, description="Tokens of that continuation.")
     batch_size: PositiveInt | Literal["auto"] = Field(
         4,
+        json_schema_extra=WITHOUT_EFFECT,
         description="Rows per forward; changes speed and memory, not results. `auto`: tasks take what memory holds, "
         "other measurements 4.",
     )

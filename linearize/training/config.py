@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from linearize.schema import Count, Strict
+from linearize.schema import WITHOUT_EFFECT, Count, Strict
 
 
 class StageConfig(Strict):
@@ -24,6 +24,7 @@ class TrainingConfig(StageConfig):
     micro_batch_size: int | None = Field(
         None,
         gt=0,
+        json_schema_extra=WITHOUT_EFFECT,
         description="Sequences per forward pass and device; the rest is accumulated. Default: batch_size, divided "
         "among the processes.",
     )
@@ -64,9 +65,15 @@ class TrainingConfig(StageConfig):
         "auto",
         description="Compute precision; auto is bf16 autocast on GPUs and fp32 on CPUs. Weights train in fp32.",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    checkpoint_every: int = Field(100, gt=0, description="Optimiser steps between resumable checkpoints.")
-    log_every: int = Field(1, gt=0, description="Optimiser steps between lines in metrics.jsonl.")
+    gradient_checkpointing: bool = Field(
+        False, json_schema_extra=WITHOUT_EFFECT, description="Recompute activations in the backward pass."
+    )
+    checkpoint_every: int = Field(
+        100, gt=0, json_schema_extra=WITHOUT_EFFECT, description="Optimiser steps between resumable checkpoints."
+    )
+    log_every: int = Field(
+        1, gt=0, json_schema_extra=WITHOUT_EFFECT, description="Optimiser steps between lines in metrics.jsonl."
+    )
     seed: int = Field(0, description="Seed of the data order and of dropout.")
 
     @field_validator("train", mode="before", check_fields=False)

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +46,7 @@ def train(
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     at: Callable[[float], None] = lambda done: None,
     resume: bool = False,
+    facts: Mapping[str, Any] = {},  # noqa: B006  # only read
 ) -> float:
     """Train `parameters` in place.
 
@@ -60,6 +61,7 @@ def train(
         lr_scale: factor on the learning rate by parameter name.
         at: called before each step with the share of the steps that are done.
         resume: start from the newest checkpoint in `folder` if there is one.
+        facts: plain data that checkpoints hold beside what is needed to go on.
 
     Returns:
         Seconds that the optimiser steps took, those before a resume included.
@@ -113,7 +115,7 @@ def train(
             stopped = stop()
             due = stopped is not None or (step + 1) % config.checkpoint_every == 0
             if due and step + 1 < steps and accelerator.is_main_process:
-                state = {"plateau": asdict(plateau), "seconds": seconds}
+                state = {**facts, "plateau": asdict(plateau), "seconds": seconds}
                 save_checkpoint(folder, step + 1, parameters, optimizer, state, averages)
             if stopped is not None and step + 1 < steps:
                 raise stopped
@@ -213,5 +215,5 @@ def _check_finite(values: dict[str, float], step: int, config: TrainingConfig, f
             raise UserError(
                 f"stage {config.type}: the {what} became {value} at step {step} (lr {values['lr']:.3g}, precision "
                 f"{config.precision}); nothing of this step was kept. Lower lr, raise warmup, set clip or "
-                f"precision=fp32; earlier checkpoints are in {folder}"
+                f"precision=fp32, and go on with --resume: what stages before this one did is kept, in {folder.parent}"
             )
