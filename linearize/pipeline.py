@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linearize.data import prepare
+from linearize.data import check_source, prepare
+from linearize.device import default_device
 from linearize.errors import UserError, write_whole
+from linearize.evals.lm_harness import check_tasks
+from linearize.evals.measure import check_text
 from linearize.evals.points import Points
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
@@ -37,6 +39,7 @@ from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 from linearize.training.processes import is_main, join, wait_for_all
 
+
 def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, say: Callable = print) -> Path:
     """Convert a model as `recipe` says.
 
@@ -55,6 +58,7 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
     """
     out = Path(out if out is not None else f"{Path(recipe.model.name).name}-{recipe.mixer['type']}")
     plan = plan_of(recipe)
+    check_sources(recipe)
     device = default_device(recipe.model.device)
     if plan.mixer.get("backend") == "fla" and not device.startswith("cuda"):
         raise UserError(f"mixer.backend: fla needs a CUDA GPU, and the device is {device}; take auto or torch")
@@ -111,7 +115,9 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         points.take("calibrated", model, between=bool(stages))
     labels = point_names([stage.config.type for stage in stages])
     for index, (stage, rows, label) in enumerate(zip(stages, data, labels, strict=True)):
-        seconds = stage.run(model, rows, folders[index], resume=resume, keep_source=_taught(recipe, stages[index + 1 :]))
+        seconds = stage.run(
+            model, rows, folders[index], resume=resume, keep_source=_taught(recipe, stages[index + 1 :])
+        )
         points.add_training(0 if rows is None else stage.config.trained_tokens(rows.item_tokens), seconds)
         points.take(label, model, between=index + 1 < len(stages))
     if is_main():
@@ -148,6 +154,18 @@ def plan_of(recipe: Recipe) -> Plan:
             stage.check_data(recipe.stage_data(settings, f"stages.{index}"), recipe.data)
         stage.check(skeleton)
     return plan
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Raise the errors of training text, held-out text and tasks that can be known before a model is there."""
+    for index, settings in enumerate(recipe.stages):
+        if find("stages", settings["type"], Stage).trains:
+            check_source(recipe.stage_data(settings, f"stages.{index}"))
+    if recipe.init.type == "calibrated" or isinstance(recipe.layers, dict):
+        check_source(recipe.source_data())
+    if recipe.evaluation is not None:
+        check_text(recipe.evaluation, recipe.data)
+        check_tasks(recipe.evaluation.tasks)
 
 
 def outline(recipe: Recipe, plan: Plan) -> str:
@@ -203,23 +221,6 @@ def calibrated(model: Any, plan: Plan, recipe: Recipe, tokenizer: Any) -> None:
     count = min(max(1, recipe.init.tokens // rows.seq_len), len(rows))
     batches = [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
     calibrate(model, batches)
-
-
-def default_device(wanted: str) -> str:
-    """The device that `model.device` stands for: auto is this process's GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: for a name that is no device, or one that this machine does not have.
-    """
-    if wanted == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(wanted).type
-    except RuntimeError as error:
-        raise UserError(f"unknown device {wanted!r}; known: auto, cpu, cuda, cuda:0 and so on, mps") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {wanted!r} was asked for, and torch finds no GPU here; take auto or cpu")
-    return wanted
 
 
 def _taught(recipe: Recipe, later: Sequence[Stage]) -> bool:

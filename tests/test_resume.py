@@ -93,7 +93,9 @@ def test_keys_without_effect_on_results_change_and_checkpoints_stay(source: Path
 def test_what_results_come_from_does_not_change(source: Path) -> None:
     out = stopped(recipe_of(source), source / "out")
     before = (out / "run" / "recipe.yaml").read_text()
-    with pytest.raises(UserError, match="differs in stages.0.lr .*What may change is stages.1 without a result") as told:
+    with pytest.raises(
+        UserError, match="differs in stages.0.lr .*What may change is stages.1 without a result"
+    ) as told:
         convert(recipe_of(source, {"lr": 1e-4}, lr=1e-4), out, resume=True, say=lambda text: None)
     assert "stages.*.micro_batch_size" in str(told.value) and "export" in str(told.value)
     assert "stages.1.lr" not in str(told.value)

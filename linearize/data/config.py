@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from linearize.schema import Count, Strict
+from linearize.schema import Count, Seed, Strict
 
 
 class DataConfig(Strict):
@@ -53,7 +53,7 @@ class DataConfig(Strict):
         None, gt=0, description="Prepare at most this many tokens (at least one sequence), for example 20M."
     )
     shuffle: bool = Field(True, description="Shuffle documents before packing, and sequences in every epoch.")
-    seed: int = Field(0, description="Seed of the document shuffle and of the synthetic recall documents.")
+    seed: Seed = Field(0, description="Seed of the document shuffle and of the synthetic recall documents.")
     recall_fraction: float = Field(
         0.0,
         ge=0,

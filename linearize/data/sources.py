@@ -79,6 +79,12 @@ def open_source(config: DataConfig, folder: Path | None) -> tuple[Any, list]:
     return rows, origin
 
 
+def check_source(config: DataConfig) -> None:
+    """Raise a UserError for local files that are not there, or of which none belongs to the split; reads none."""
+    if config.source != "demo":
+        _local_files(config.source, config.split.partition("[")[0])
+
+
 def tokenized(rows: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Documents of `rows` in order, none empty, each ending with the end-of-sequence token if configured.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
@@ -50,7 +50,9 @@ class EvalConfig(Strict):
         default_factory=list,
         description="Further measurements: names of probes or of groups, or the `type` and settings of one.",
     )
-    sample_prompt: str | None = Field(None, description="Prompt that the model continues greedily; none if not set.")
+    sample_prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Prompt that the model continues greedily; none if not set."
+    )
     sample_tokens: PositiveInt = Field(48, description="Tokens of that continuation.")
     batch_size: PositiveInt | Literal["auto"] = Field(
         4,

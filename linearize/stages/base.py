@@ -24,7 +24,6 @@ from linearize.training.loop import Batch, Metrics, train
 from linearize.training.names import GROUPS, spelled_out
 from linearize.training.processes import is_main
 
-
 RESULT = "result.safetensors"
 """File of a finished stage's result in its folder."""
 

@@ -46,7 +46,7 @@ def train(
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     at: Callable[[float], None] = lambda done: None,
     resume: bool = False,
-    facts: Mapping[str, Any] = {},  # noqa: B006  # only read
+    facts: Mapping[str, Any] = {},  # only read
 ) -> float:
     """Train `parameters` in place.
 
@@ -82,7 +82,12 @@ def train(
         start, seconds, plateau = state["step"], state["seconds"], Plateau(**state["plateau"])
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     feed = batches(data, micro, config.seed, start * accumulate, rank, world)
-    progress: dict[str, Any] = {"total": steps * per_step, "initial": start * per_step, "unit": "tok", "unit_scale": True}
+    progress: dict[str, Any] = {
+        "total": steps * per_step,
+        "initial": start * per_step,
+        "unit": "tok",
+        "unit_scale": True,
+    }
     shown = accelerator.is_local_main_process
     with between_steps() as stop, tqdm(**progress, desc=config.type, disable=not shown) as bar:
         for step in range(start, steps):

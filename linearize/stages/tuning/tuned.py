@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from linearize.errors import UserError
 from linearize.mixers.base import branches_of
+from linearize.schema import WITHOUT_EFFECT
 from linearize.stages.base import Stage, select
 from linearize.stages.tuning.lora import LoraSettings, attach, target_modules
 from linearize.swap import swapped, teacher_path
-from linearize.schema import WITHOUT_EFFECT
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch
 
