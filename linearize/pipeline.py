@@ -34,7 +34,7 @@ from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
 from linearize.report.conversions import facts_of
-from linearize.resume import adopt, alone, claim, point_names, stage_folder
+from linearize.resume import adopt, alone, claim, is_exported, point_names, stage_folder
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 from linearize.training.processes import is_main, join, wait_for_all
@@ -93,7 +93,8 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         for s, stage in zip(recipe.stages, stages, strict=True)
     ]
     folders = [stage_folder(out, i, stage.config.type) for i, stage in enumerate(stages)]
-    if resume and is_main() and not all(stage.finished(f) for stage, f in zip(stages, folders, strict=True)):
+    trained = resume and all(map(Stage.finished, folders))
+    if resume and is_main() and not trained:
         for stage, rows, folder in zip(stages, data, folders, strict=True):
             stage.check_resumed(rows, folder)
     if plan.chooser is not None:
@@ -106,6 +107,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     if plan.native is not None:
         native_model(model)  # what its check refuses should not wait until after the training
     points = Points(out / "run" / "measurements.json", recipe, tokenizer, say)
+    measured = set(points.taken)
     with teacher_path(model):
         points.take("teacher", model)
     will_calibrate = recipe.init.type == "calibrated"
@@ -120,7 +122,8 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         )
         points.add_training(0 if rows is None else stage.config.trained_tokens(rows.item_tokens), seconds)
         points.take(label, model, between=index + 1 < len(stages))
-    if is_main():
+    complete = trained and points.taken.keys() == measured and is_exported(out, recipe)
+    if is_main() and not complete:
         files: dict[str, str | bytes] = {**licence_files(plan.source)}
         files |= {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
         options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
@@ -131,7 +134,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     wait_for_all()
     if points.taken:
         say(comparison_table(list(points.taken.items())))
-    say(f"checkpoint written to {out}")
+    say(f"the checkpoint in {out} is complete, and was left as it is" if complete else f"checkpoint written to {out}")
     return out
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from linearize.errors import UserError, disk_full, write_whole
+from linearize.hf.folder import check_folder, check_weights, weight_files
 from linearize.recipe import Recipe
 from linearize.registry import find
 from linearize.schema import differences, without_effect
@@ -79,6 +80,17 @@ def adopt(out: Path, recipe: Recipe, say: Callable[[str], Any]) -> None:
     _rename_points(out / "run" / "measurements.json", dict(zip(point_names(then), point_names(now), strict=False)))
     if changes:
         write_whole(_mark(out), recipe.to_yaml())
+
+
+def is_exported(out: Path, recipe: Recipe) -> bool:
+    """Whether `out` holds the checkpoint of this recipe, all of it."""
+    try:
+        check_folder(out)
+        for name in weight_files(out):
+            check_weights(out / name)
+        return (out / "recipe.yaml").read_text() == recipe.to_yaml()
+    except (OSError, UserError):
+        return False
 
 
 def _changes(out: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:

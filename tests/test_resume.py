@@ -131,13 +131,20 @@ def test_changed_training_data_are_refused(source: Path, after: int) -> None:
 def test_the_digest_of_prepared_data_is_of_their_rows(pico_tokenizer: Any, tmp_path: Path) -> None:
     from linearize.data import DataConfig, prepare
 
-    def content(seed: int, place: str, known: bool = True) -> str:
+    def content(seed: int, place: str) -> str:
         config = DataConfig(source=str(write_documents(tmp_path / f"{place}.jsonl", seed=seed)), seq_len=32)
-        data = prepare(config, pico_tokenizer, cache_dir=tmp_path / "cache")
-        return (data if known else _without(data)).content
+        return prepare(config, pico_tokenizer, cache_dir=tmp_path / "cache").content
 
-    def _without(data: Any) -> Any:
-        del data.info["content"]  # as data prepared by an earlier version
-        return data
+    assert content(0, "a") == content(0, "b") != content(1, "c")
 
-    assert content(0, "a") == content(0, "b") == content(0, "c", known=False) != content(1, "d")
+
+def test_a_finished_conversion_is_left_as_it_is(source: Path) -> None:
+    out, said = convert(recipe_of(source), source / "out", say=lambda text: None), []
+    (out / "README.md").write_text("my own words")
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file()}
+    convert(recipe_of(source), out, resume=True, say=said.append)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file()} == before
+    assert said[-1] == f"the checkpoint in {out} is complete, and was left as it is"
+    (out / "model.safetensors").unlink()
+    convert(recipe_of(source), out, resume=True, say=said.append)
+    assert (out / "model.safetensors").exists() and said[-1] == f"checkpoint written to {out}"

@@ -46,7 +46,9 @@ class DataConfig(Strict):
     )
     eos_between_documents: bool = Field(True, description="End every document with the end-of-sequence token.")
     completion_only: bool = Field(
-        False, description="Train on replies only: prompts of chats and instructions are not predicted."
+        False,
+        description="Train on replies only: prompts of chats and instructions are not predicted, nor is what an "
+        "assistant says before anybody else.",
     )
     limit_documents: Count | None = Field(None, gt=0, description="Use at most this many documents.")
     max_tokens: Count | None = Field(

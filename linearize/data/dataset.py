@@ -12,8 +12,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +32,7 @@ from linearize.data.sources import Document, open_source, tokenized
 from linearize.errors import UserError, disk_full
 from linearize.ops.documents import positions
 
-_LAYOUT = 1
+_LAYOUT = 2
 _SHARD_TOKENS = 1 << 23
 _TENSORS = ("input_ids", "documents", "trained", "lengths")
 
@@ -98,11 +97,10 @@ class PackedDataset:
         """Number of tokens, padding not counted."""
         return self.info["tokens"]
 
-    @cached_property
+    @property
     def content(self) -> str:
         """A digest of all rows, the same wherever and whenever they were prepared."""
-        known = self.info.get("content")  # which data that were prepared by an earlier version lack
-        return known or _digest(self._shards).hexdigest()
+        return self.info["content"]
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The items at `indices`: input_ids, labels, position_ids, maybe attention_mask, `[B, T]` int64.
@@ -138,15 +136,6 @@ class PackedDataset:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[shard])  # negative: counted from the shard's end
         return tuple(self._shards[shard][name][row] for name in _TENSORS)
-
-
-def _digest(shards: Iterable[Mapping[str, torch.Tensor]], found: Any = None) -> Any:
-    """A SHA-256 of the tensors of prepared data, after those that went into `found`."""
-    found = hashlib.sha256() if found is None else found
-    for shard in shards:
-        for name in _TENSORS:
-            found.update(shard[name].numpy())
-    return found
 
 
 def batches(
@@ -260,7 +249,7 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
     """Write shards and, last, meta.json into `folder`."""
     counter: Counter[str] = Counter(documents=0, tokens=0)
     tokens = 0
-    content = _digest([])
+    content = hashlib.sha256()
     shards: list[str] = []
     pending: list[Row] = []
     for item in _items(config, tokenizer, rows, counter):
@@ -269,11 +258,13 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
             break
         tokens += real
         pending += item
+        for *arrays, n in item:
+            content.update(b"".join(array.tobytes() for array in arrays) + int(n).to_bytes(8, "little"))
         if len(pending) * config.seq_len >= _SHARD_TOKENS:
-            shards.append(_save(pending, folder, len(shards), content))
+            shards.append(_save(pending, folder, len(shards)))
             pending = []
     if pending:
-        shards.append(_save(pending, folder, len(shards), content))
+        shards.append(_save(pending, folder, len(shards)))
     if not shards:
         raise UserError(_too_little(config, counter))
     meta = {"seq_len": config.seq_len, "shuffle": config.shuffle, "tokens": tokens, "shards": shards}
@@ -306,11 +297,10 @@ def _counted(documents: Iterator[Document], counter: Counter[str], config: DataC
             yield document
 
 
-def _save(rows: list[Row], folder: Path, number: int, content: Any) -> str:
+def _save(rows: list[Row], folder: Path, number: int) -> str:
     ids, documents, trained, lengths = zip(*rows, strict=True)
     arrays = (np.stack(ids), np.stack(documents), np.stack(trained), np.asarray(lengths, np.int32))
     tensors = {name: torch.from_numpy(array) for name, array in zip(_TENSORS, arrays, strict=True)}
-    _digest([tensors], content)
     name = f"shard-{number:05d}.safetensors"
     save_file(tensors, folder / name)
     with open(folder / name, "rb") as file:

@@ -188,7 +188,7 @@ def evaluate(
     vocabulary = tokenizer.get_vocab()
 
     def load_teacher() -> tuple[Any, Any]:
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         model, tokenizer = load(resolve_model(str(teacher)), dtype=weights, device=device, **options)
         if tokenizer.get_vocab() != vocabulary:
             raise UserError(
