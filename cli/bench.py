@@ -133,7 +133,7 @@ def _stages(arguments: argparse.Namespace, model: Any) -> list:
 def _model(arguments: argparse.Namespace) -> Any:
     from linearize import load
     from linearize.bench_models import random_model
-    from linearize.pipeline import default_device
+    from linearize.device import default_device
 
     device = default_device(arguments.device)
     if arguments.path:

@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from linearize import load
+    from linearize.device import default_device
     from linearize.errors import UserError
     from linearize.evals.recall_score import padding_id
     from linearize.model_names import resolve_model
-    from linearize.pipeline import default_device
     from linearize.swap import swapped, teacher_path
 
     device = default_device(arguments.device)

@@ -26,11 +26,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     from transformers.utils.import_utils import is_serve_available
 
+    from linearize.device import default_device
     from linearize.errors import UserError
     from linearize.hf.auto import trusting
     from linearize.hf.serve import expose
     from linearize.model_names import resolve_model
-    from linearize.pipeline import default_device
 
     if not is_serve_available():
         raise UserError('the server needs packages that are not installed; run: pip install "transformers[serving]"')

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
 
-from linearize.data import prepare
-from linearize.errors import UserError, disk_full, write_whole
+from linearize.data import check_source, prepare
+from linearize.device import default_device
+from linearize.errors import UserError, write_whole
+from linearize.evals.lm_harness import check_tasks
+from linearize.evals.measure import check_text
 from linearize.evals.points import Points
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
@@ -35,13 +34,10 @@ from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
 from linearize.report.conversions import facts_of
-from linearize.schema import differences
+from linearize.resume import adopt, alone, claim, is_exported, point_names, stage_folder
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 from linearize.training.processes import is_main, join, wait_for_all
-
-LOCK = ".lock"
-"""File in `run` that the process which converts into the folder holds locked."""
 
 
 def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, say: Callable = print) -> Path:
@@ -50,7 +46,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
     Args:
         recipe: a validated recipe.
         out: folder for the checkpoint. Default: `<model>-<mixer>` in the current folder.
-        resume: go on with an interrupted conversion of the same recipe in `out`.
+        resume: go on with an interrupted conversion in `out`, of the same recipe but for what
+            `linearize.resume.claim` lets change.
         say: receives the plan, what is being measured, and the final table, a text each.
 
     Returns:
@@ -61,6 +58,7 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
     """
     out = Path(out if out is not None else f"{Path(recipe.model.name).name}-{recipe.mixer['type']}")
     plan = plan_of(recipe)
+    check_sources(recipe)
     device = default_device(recipe.model.device)
     if plan.mixer.get("backend") == "fla" and not device.startswith("cuda"):
         raise UserError(f"mixer.backend: fla needs a CUDA GPU, and the device is {device}; take auto or torch")
@@ -70,6 +68,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         say(f"nothing to resume in {out}, so this is a new conversion")
     claim(out, recipe, resume)
     with alone(out):
+        if resume:
+            adopt(out, recipe, say)
         return _convert(recipe, plan, out, resume, say)
 
 
@@ -92,6 +92,11 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         prepare(recipe.stage_data(s), tokenizer) if stage.trains else None
         for s, stage in zip(recipe.stages, stages, strict=True)
     ]
+    folders = [stage_folder(out, i, stage.config.type) for i, stage in enumerate(stages)]
+    trained = resume and all(map(Stage.finished, folders))
+    if resume and is_main() and not trained:
+        for stage, rows, folder in zip(stages, data, folders, strict=True):
+            stage.check_resumed(rows, folder)
     if plan.chooser is not None:
         recipe = chosen(recipe, model, tokenizer, out / "run" / "layers.json")
         plan = make_plan(recipe, model.config)
@@ -102,6 +107,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     if plan.native is not None:
         native_model(model)  # what its check refuses should not wait until after the training
     points = Points(out / "run" / "measurements.json", recipe, tokenizer, say)
+    measured = set(points.taken)
     with teacher_path(model):
         points.take("teacher", model)
     will_calibrate = recipe.init.type == "calibrated"
@@ -109,12 +115,15 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     if will_calibrate:
         calibrated(model, plan, recipe, tokenizer)
         points.take("calibrated", model, between=bool(stages))
-    for index, (stage, rows, label) in enumerate(zip(stages, data, _labels(stages), strict=True)):
-        folder = out / "run" / f"{index}-{stage.config.type}"
-        seconds = stage.run(model, rows, folder, resume=resume, keep_source=_taught(recipe, stages[index + 1 :]))
+    labels = point_names([stage.config.type for stage in stages])
+    for index, (stage, rows, label) in enumerate(zip(stages, data, labels, strict=True)):
+        seconds = stage.run(
+            model, rows, folders[index], resume=resume, keep_source=_taught(recipe, stages[index + 1 :])
+        )
         points.add_training(0 if rows is None else stage.config.trained_tokens(rows.item_tokens), seconds)
         points.take(label, model, between=index + 1 < len(stages))
-    if is_main():
+    complete = trained and points.taken.keys() == measured and is_exported(out, recipe)
+    if is_main() and not complete:
         files: dict[str, str | bytes] = {**licence_files(plan.source)}
         files |= {"recipe.yaml": recipe.to_yaml(), "README.md": model_card(recipe, plan, points.taken)}
         options: dict[str, Any] = {"max_shard_size": recipe.export.max_shard_size, "extra_files": files}
@@ -125,7 +134,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     wait_for_all()
     if points.taken:
         say(comparison_table(list(points.taken.items())))
-    say(f"checkpoint written to {out}")
+    say(f"the checkpoint in {out} is complete, and was left as it is" if complete else f"checkpoint written to {out}")
     return out
 
 
@@ -148,6 +157,18 @@ def plan_of(recipe: Recipe) -> Plan:
             stage.check_data(recipe.stage_data(settings, f"stages.{index}"), recipe.data)
         stage.check(skeleton)
     return plan
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Raise the errors of training text, held-out text and tasks that can be known before a model is there."""
+    for index, settings in enumerate(recipe.stages):
+        if find("stages", settings["type"], Stage).trains:
+            check_source(recipe.stage_data(settings, f"stages.{index}"))
+    if recipe.init.type == "calibrated" or isinstance(recipe.layers, dict):
+        check_source(recipe.source_data())
+    if recipe.evaluation is not None:
+        check_text(recipe.evaluation, recipe.data)
+        check_tasks(recipe.evaluation.tasks)
 
 
 def outline(recipe: Recipe, plan: Plan) -> str:
@@ -203,93 +224,6 @@ def calibrated(model: Any, plan: Plan, recipe: Recipe, tokenizer: Any) -> None:
     count = min(max(1, recipe.init.tokens // rows.seq_len), len(rows))
     batches = [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
     calibrate(model, batches)
-
-
-def default_device(wanted: str) -> str:
-    """The device that `model.device` stands for: auto is this process's GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: for a name that is no device, or one that this machine does not have.
-    """
-    if wanted == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(wanted).type
-    except RuntimeError as error:
-        raise UserError(f"unknown device {wanted!r}; known: auto, cpu, cuda, cuda:0 and so on, mps") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {wanted!r} was asked for, and torch finds no GPU here; take auto or cpu")
-    return wanted
-
-
-def _same_place(then: Any, now: Any) -> bool:
-    """Whether both are ways to write one path that exists."""
-    if not (isinstance(then, str) and isinstance(now, str)):
-        return False
-    return Path(then).exists() and Path(now).exists() and Path(then).samefile(now)
-
-
-def claim(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Make `out/run` this recipe's, or check that it is.
-
-    Raises:
-        UserError: when `out` holds something else, or when the recipe to resume differs from the one that began.
-    """
-    mark = out / "run" / "recipe.yaml"
-    if mark.exists() and resume and not _is_unbegun(out):
-        differing = differences(yaml.safe_load(mark.read_text()), recipe.model_dump(mode="json"))
-        changed = {k: v for k, v in differing.items() if not k.startswith("export.")}  # which no stage has seen yet
-        changed = {k: v for k, v in changed.items() if not _same_place(*v)}
-        if changed:
-            raise UserError(
-                f"cannot resume in {out}: the recipe differs in "
-                + ", ".join(f"{k} ({then!r} then, {now!r} now)" for k, (then, now) in list(changed.items())[:5])
-                + "; use the first recipe, or another output folder"
-            )
-        return
-    if out.exists() and (not out.is_dir() or not _is_unbegun(out)):
-        what = "holds a conversion (go on with --resume)" if mark.exists() else "was not made by this command"
-        raise UserError(f"output folder {out} {what}; choose another with -o, or remove it")
-    try:
-        with disk_full(out):
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            partial = mark.with_suffix(".partial")
-            partial.write_text(recipe.to_yaml())
-            os.replace(partial, mark)
-    except OSError as error:
-        raise UserError(f"cannot write to output folder {out}: {error.strerror}; choose another with -o") from error
-
-
-def _is_unbegun(out: Path) -> bool:
-    """Whether `out` holds nothing but what a conversion leaves that stopped before it trained or measured."""
-    own = {out / "run", *(out / "run" / name for name in (LOCK, "plan.json", "recipe.partial", "recipe.yaml"))}
-    return set(out.rglob("*")) <= own
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep every other conversion out of `out` as long as the context lasts; a killed process lets go by itself.
-
-    Raises:
-        UserError: when another process converts into `out`.
-    """
-    lock = FileLock(out / "run" / LOCK, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"output folder {out} is in use by another running conversion; wait for it, or choose another with -o"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _labels(stages: list[Stage]) -> list[str]:
-    """A name for the point after each stage: its type, numbered where a type comes twice."""
-    types = [stage.config.type for stage in stages]
-    return [f"after {t} {i + 1}" if types.count(t) > 1 else f"after {t}" for i, t in enumerate(types)]
 
 
 def _taught(recipe: Recipe, later: Sequence[Stage]) -> bool:

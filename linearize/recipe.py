@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import (
@@ -24,9 +24,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from transformers import AttentionInterface
 
 from linearize.data import DataConfig
-from linearize.errors import UserError
+from linearize.errors import UserError, did_you_mean
 from linearize.evals.config import EvalConfig
 from linearize.families.base import Family
 from linearize.inits.calibrated import InitConfig
@@ -34,7 +35,7 @@ from linearize.mixers.base import config_from_dict
 from linearize.model_names import resolve_model
 from linearize.recipe_files import available, find_recipe, override, read_recipe
 from linearize.registry import find, find_class
-from linearize.schema import Count, Strict, user_error
+from linearize.schema import WITHOUT_EFFECT, Count, Seed, Strict, no_truth, user_error
 from linearize.select.base import Selector
 from linearize.stages.base import Stage
 
@@ -57,6 +58,14 @@ class ModelConfig(Strict):
     )
     trust_remote_code: bool = Field(False, description="Run code that the source repository contains.")
     device: str = Field("auto", description="auto takes a GPU when there is one.")
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        known = ["eager", *AttentionInterface().valid_keys()]
+        if value is not None and value not in known and "/" not in value:  # a/b is a kernel of the hub
+            raise ValueError(f"unknown attention kernel, got {value!r}{did_you_mean(value, known)}")
+        return value
 
 
 class KeptConfig(Strict):
@@ -123,9 +132,11 @@ class Recipe(Strict):
     evaluation: EvalConfig | None = Field(
         None, description="What is measured on teacher and student; null for nothing."
     )
-    export: ExportConfig = Field(default_factory=ExportConfig, description="How the result is written.")
+    export: ExportConfig = Field(
+        default_factory=ExportConfig, json_schema_extra=WITHOUT_EFFECT, description="How the result is written."
+    )
     init: InitConfig = Field(default_factory=InitConfig, description="How new tensors get their first values.")
-    seed: int = Field(0, description="Seed of newly initialised tensors.")
+    seed: Seed = Field(0, description="Seed of newly initialised tensors.")
 
     @field_validator("mixer", mode="before")
     @classmethod
@@ -288,6 +299,12 @@ def mixer_config(settings: Mapping[str, Any]) -> Any:
 
     def construct(cls: type, values: dict[str, Any], where: str) -> Any:
         try:
+            hints = get_type_hints(cls)
+            for key, value in values.items():
+                try:
+                    no_truth(hints[key], value)
+                except ValueError as error:
+                    raise UserError(f"{where}.{key}: {error}") from error
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
             raise user_error(error, where, [field.name for field in dataclasses.fields(cls)]) from None

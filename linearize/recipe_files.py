@@ -75,9 +75,22 @@ def _merged(base: Any, changes: Any) -> Any:
     return {**base, **{k: _merged(base.get(k), v) for k, v in changes.items()}}
 
 
+class _OnceOnly(yaml.SafeLoader):
+    """Reads plain data, and no mapping that has a key twice, of which yaml would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in seen:
+                raise yaml.YAMLError(f"key {key.value!r} is there twice, in lines {seen[name]} and {line}; remove one")
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), _OnceOnly)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):

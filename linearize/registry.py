@@ -126,4 +126,8 @@ def _outside(package: str, key: str, base: type[T]) -> type[T]:
             f"{key!r} is not a {base.__name__} class; {module_name} must define a class {class_name!r} that derives "
             f"from {base.__module__}.{base.__name__}"
         )
+    if "Config" in inspect.get_annotations(base) and not hasattr(cls, "Config"):
+        raise UserError(
+            f"{key!r} has no Config, the class of its settings, so it is a base of others; name one of those"
+        )
     return cls

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from linearize.errors import UserError, did_you_mean
 
+WITHOUT_EFFECT: Any = {"without_effect": True}
+"""`json_schema_extra` of a field that changes speed, memory or what is written, and no result that training leaves: a
+resumed conversion may change it."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -17,6 +22,46 @@ class Strict(BaseModel):
     """Base of every recipe section: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_a_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        return no_truth(cls.model_fields[info.field_name].annotation, value)
+
+
+def no_truth(annotation: Any, value: Any) -> Any:
+    """`value`, unless it has a true or false where `annotation` wants a number: Python takes these for 1 and 0.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    kinds = _members(annotation)
+    if isinstance(value, bool):
+        if bool not in kinds and Any not in kinds and (int in kinds or float in kinds):
+            raise ValueError(f"must be a number, got {str(value).lower()}")
+        return value
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    holders = (dict,) if isinstance(value, dict) else (list, tuple)
+    items = [get_args(kind)[-1] for kind in kinds if get_origin(kind) in holders]
+    for item in inside if items else ():
+        no_truth(Union[tuple(items)], item)  # noqa: UP007  # of types known at run time
+    return value
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, nested ones and `Annotated` resolved; of any other type itself."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [kind for member in get_args(annotation) for kind in _members(member)]
+    return [annotation]
+
+
+def without_effect(field: FieldInfo) -> bool:
+    """Whether the field is marked by `WITHOUT_EFFECT`."""
+    return isinstance(field.json_schema_extra, dict) and "without_effect" in field.json_schema_extra
 
 
 def parse_count(value: Any) -> Any:
@@ -31,6 +76,8 @@ def parse_count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A non-negative integer that may be written with a unit: 20M, 500k, 1.5B."""
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+"""What numpy and torch both take as a seed."""
 
 
 def user_error(error: ValidationError, where: str, known: Iterable[str] = ()) -> UserError:

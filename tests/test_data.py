@@ -389,3 +389,31 @@ def test_rows_without_content_are_skipped(make):
 def test_a_message_without_a_role_is_shown(make, message):
     with pytest.raises(UserError, match="a chat message without a role: .*One fish.*data.text_column"):
         make([{"messages": [message]}])
+
+
+SAID = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
+SAID += "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize("template", [None, SAID], ids=["none", "template"])
+@pytest.mark.parametrize(
+    ("roles", "reply"),
+    [(("assistant", "user", "assistant"), "Carp2"), (("user", "assistant", "user"), "Carp1"), (("assistant",), None)],
+)
+def test_replies_train_wherever_they_stand(tmp_path, template, roles, reply):
+    tokenizer = chat_tokenizer(template)
+    messages = [{"role": role, "content": f"Carp{i}"} for i, role in enumerate(roles)]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": messages}))
+    chosen = config(tmp_path, seq_len=96, packing=False, completion_only=True)
+    batch = everything(prepare(chosen, tokenizer, cache_dir=tmp_path / "cache"))
+    said = trained_text(batch, tokenizer)
+    assert [part for part in ("Carp0", "Carp1", "Carp2") if part in said] == ([reply] if reply else [])
+    ended = len(roles) > 1 and roles[-1] == "assistant"
+    assert said.endswith("<|endoftext|>") == ended, "only a reply is ended"
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": MESSAGES[0]["messages"][:1] * 2}))
+    tokenizer = chat_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match="refuses a conversation .*must alternate.*roles user, user, beginning 'Hi'"):
+        prepare(config(tmp_path), tokenizer, cache_dir=tmp_path / "cache")

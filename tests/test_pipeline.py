@@ -336,3 +336,20 @@ def test_a_start_that_failed_does_not_block_its_folder(source: Path) -> None:
         convert(Recipe.parse(bad), out, say=quiet)
     convert(Recipe.parse(good), out, say=quiet)
     assert (out / "config.json").is_file()
+
+
+MISSING: list[tuple[dict[str, Any], str]] = [
+    ({"evaluation": {**EVALUATION, "text": "/nope.txt"}}, "evaluation.text: .*'/nope.txt' does not exist"),
+    ({"data": {"source": "absent.jsonl", "seq_len": 32}}, "'absent.jsonl' does not exist"),
+    ({"evaluation": {**EVALUATION, "tasks": ["nosuchtask"]}}, "unknown lm-eval task 'nosuchtask'"),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), MISSING, ids=["text", "source", "task"])
+def test_what_is_missing_is_named_before_weights_are_loaded(
+    source: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(pipeline, "load", lambda *args, **options: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=message):
+        convert(make_recipe(source, **sections), source / "out", say=quiet)
+    assert not (source / "out").exists()

@@ -345,3 +345,40 @@ def test_shipped_stages_leave_the_end_of_a_stream_to_their_budget() -> None:
     for name in available():
         stages = Recipe.load(name, model="demo").stages
         assert not any("max_tokens" in (stage.get("data") or {}) for stage in stages), name
+
+
+UNFIT = [
+    ("stages.1.betas=[0.9,1.0]", "stages.1.betas.1: .*less than 1"),
+    ("data.seed=-1", "data.seed: .*greater than or equal to 0"),
+    ("seed=99999999999999999999999999", "seed: .*less than 18446744073709551616"),
+    ("stages.1.seed=99999999999999999999999999", "stages.1.seed: .*less than 18446744073709551616"),
+    ('evaluation={sample_prompt: ""}', "evaluation.sample_prompt: .*at least 1 character"),
+    ("model.attn_implementation=foo", "model.attn_implementation: unknown attention kernel, got 'foo'; known: eager, "),
+    ("stages.0.type=linearize.stages.base:Stage", "'linearize.stages.base:Stage' has no Config"),
+    ("stages.0.lr=true", "stages.0.lr: must be a number, got true"),
+    ("stages.0.tokens=true", "stages.0.tokens: must be a number, got true"),
+    ("data.limit_documents=true", "data.limit_documents: must be a number, got true"),
+    ("stages.1.lora.r=true", "r: must be a number, got true"),
+    ("mixer.window=true", "mixer.window: must be a number, got true"),
+    ("layers=[true]", "layers: must be a number, got true"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), UNFIT, ids=[text for text, _ in UNFIT])
+def test_values_that_would_fail_later_are_refused(recipe_file: Path, text: str, message: str) -> None:
+    assert re.search(message, mistake(recipe_file, text))
+
+
+def test_truths_stay_where_they_mean_something(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file, overrides=["evaluation={recall: true}", "data.packing=false"])
+    assert recipe.evaluation is not None and recipe.evaluation.recall is True and recipe.data.packing is False
+
+
+def test_a_length_of_a_stage_may_have_a_unit(recipe_file: Path) -> None:
+    assert Recipe.load(recipe_file, overrides=["stages.0.seq_len=4k"]).stages[0]["seq_len"] == 4000
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("mixer: gdn\ndata:\n  seq_len: 64\n  split: dev\n  seq_len: 128\n")
+    assert "key 'seq_len' is there twice, in lines 3 and 5" in mistake(path)

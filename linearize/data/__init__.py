@@ -3,12 +3,14 @@
 from linearize.data.config import DataConfig
 from linearize.data.dataset import PackedDataset, Rows, batches, prepare, read_tokens, tokens_of, visited
 from linearize.data.packing import pack, pad_each
+from linearize.data.sources import check_source
 
 __all__ = [
     "DataConfig",
     "PackedDataset",
     "Rows",
     "batches",
+    "check_source",
     "pack",
     "pad_each",
     "prepare",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from linearize.schema import Count, Strict
+from linearize.schema import Count, Seed, Strict
 
 
 class DataConfig(Strict):
@@ -46,14 +46,16 @@ class DataConfig(Strict):
     )
     eos_between_documents: bool = Field(True, description="End every document with the end-of-sequence token.")
     completion_only: bool = Field(
-        False, description="Train on replies only: prompts of chats and instructions are not predicted."
+        False,
+        description="Train on replies only: prompts of chats and instructions are not predicted, nor is what an "
+        "assistant says before anybody else.",
     )
     limit_documents: Count | None = Field(None, gt=0, description="Use at most this many documents.")
     max_tokens: Count | None = Field(
         None, gt=0, description="Prepare at most this many tokens (at least one sequence), for example 20M."
     )
     shuffle: bool = Field(True, description="Shuffle documents before packing, and sequences in every epoch.")
-    seed: int = Field(0, description="Seed of the document shuffle and of the synthetic recall documents.")
+    seed: Seed = Field(0, description="Seed of the document shuffle and of the synthetic recall documents.")
     recall_fraction: float = Field(
         0.0,
         ge=0,

@@ -32,7 +32,7 @@ from linearize.data.sources import Document, open_source, tokenized
 from linearize.errors import UserError, disk_full
 from linearize.ops.documents import positions
 
-_LAYOUT = 1
+_LAYOUT = 2
 _SHARD_TOKENS = 1 << 23
 _TENSORS = ("input_ids", "documents", "trained", "lengths")
 
@@ -96,6 +96,11 @@ class PackedDataset:
     def tokens(self) -> int:
         """Number of tokens, padding not counted."""
         return self.info["tokens"]
+
+    @property
+    def content(self) -> str:
+        """A digest of all rows, the same wherever and whenever they were prepared."""
+        return self.info["content"]
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The items at `indices`: input_ids, labels, position_ids, maybe attention_mask, `[B, T]` int64.
@@ -244,6 +249,7 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
     """Write shards and, last, meta.json into `folder`."""
     counter: Counter[str] = Counter(documents=0, tokens=0)
     tokens = 0
+    content = hashlib.sha256()
     shards: list[str] = []
     pending: list[Row] = []
     for item in _items(config, tokenizer, rows, counter):
@@ -252,6 +258,8 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
             break
         tokens += real
         pending += item
+        for *arrays, n in item:
+            content.update(b"".join(array.tobytes() for array in arrays) + int(n).to_bytes(8, "little"))
         if len(pending) * config.seq_len >= _SHARD_TOKENS:
             shards.append(_save(pending, folder, len(shards)))
             pending = []
@@ -261,6 +269,7 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
         raise UserError(_too_little(config, counter))
     meta = {"seq_len": config.seq_len, "shuffle": config.shuffle, "tokens": tokens, "shards": shards}
     meta |= {"item_rows": config.item_rows, "config": config.model_dump(), **counter, "tokens": tokens}
+    meta["content"] = content.hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from linearize import demo
@@ -79,6 +80,12 @@ def open_source(config: DataConfig, folder: Path | None) -> tuple[Any, list]:
     return rows, origin
 
 
+def check_source(config: DataConfig) -> None:
+    """Raise a UserError for local files that are not there, or of which none belongs to the split; reads none."""
+    if config.source != "demo":
+        _local_files(config.source, config.split.partition("[")[0])
+
+
 def tokenized(rows: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """Documents of `rows` in order, none empty, each ending with the end-of-sequence token if configured.
 
@@ -97,7 +104,7 @@ def tokenized(rows: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase)
             if not ids:
                 continue
             if config.eos_between_documents and ids[-1] != eos:
-                ids, prompt = [*ids, eos], [*prompt, False]
+                ids, prompt = [*ids, eos], [*prompt, prompt[-1]]  # what ends with a prompt is not to be ended there
             trained = ~np.asarray(prompt, bool) if config.completion_only else np.ones(len(ids), bool)
             yield Document(np.asarray(ids, dtype=np.int32), trained)
 
@@ -244,14 +251,17 @@ def _encode_instructions(batch: dict[str, list], tokenizer: PreTrainedTokenizerB
 def _encode_chat(
     messages: list[dict[str, str]], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation; what the assistant says is completion, everything else prompt."""
+    """Tokens of a conversation; what the assistant replies is completion, everything else prompt.
+
+    So is what it says before anybody else: there is no prompt after which a template could begin that.
+    """
     turns = [as_turn(message, config) for message in messages]
     ids = render(turns, tokenizer)
     if not config.completion_only:
         return ids, [False] * len(ids)
     prompt = [True] * len(ids)
     for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or i == 0:
             continue
         before, after = render(turns[:i], tokenizer, reply=True), render(turns[: i + 1], tokenizer)
         if ids[: len(before)] != before or ids[: len(after)] != after:
@@ -276,9 +286,20 @@ def as_turn(message: Any, config: DataConfig) -> dict[str, str]:
 
 
 def render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, reply: bool = False) -> list[int]:
-    """Tokens of `turns` by the chat template, or of one `role: content` line each where there is none."""
+    """Tokens of `turns` by the chat template, or of one `role: content` line each where there is none.
+
+    Raises:
+        UserError: for turns that the template refuses.
+    """
     if tokenizer.chat_template:
-        encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=reply, return_dict=True)
+        try:
+            encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=reply, return_dict=True)
+        except TemplateError as error:
+            raise UserError(
+                f"the tokenizer's chat template refuses a conversation ({error}): roles "
+                f"{', '.join(turn['role'] for turn in turns)}, beginning {turns[0]['content'][:80]!r}; remove or "
+                "change that row of the data, or take a tokenizer with another template"
+            ) from error
         return encoded["input_ids"]
     lines = [part for turn in turns for part in (f"{turn['role']}:", f" {turn['content']}\n")]
     lines += ["assistant:"] if reply else []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from linearize.evals.probe_groups import ungrouped
 from linearize.evals.probes.base import probe_of
-from linearize.schema import Strict
+from linearize.schema import WITHOUT_EFFECT, Strict
 
 
 class EvalConfig(Strict):
@@ -50,10 +50,13 @@ class EvalConfig(Strict):
         default_factory=list,
         description="Further measurements: names of probes or of groups, or the `type` and settings of one.",
     )
-    sample_prompt: str | None = Field(None, description="Prompt that the model continues greedily; none if not set.")
+    sample_prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Prompt that the model continues greedily; none if not set."
+    )
     sample_tokens: PositiveInt = Field(48, description="Tokens of that continuation.")
     batch_size: PositiveInt | Literal["auto"] = Field(
         4,
+        json_schema_extra=WITHOUT_EFFECT,
         description="Rows per forward; changes speed and memory, not results. `auto`: tasks take what memory holds, "
         "other measurements 4.",
     )

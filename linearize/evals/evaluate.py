@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 import linearize
 from linearize.data import DataConfig
+from linearize.device import default_device
 from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.config import EvalConfig
 from linearize.evals.finite import nulled
@@ -115,7 +116,8 @@ def evaluate(
 
     Args:
         path: folder or hub name of a converted checkpoint or of any causal LM.
-        teacher: model to compare with. Default: `model.name` of the checkpoint's recipe.yaml; False for none.
+        teacher: model to compare with. Default: `model.name` of the checkpoint's recipe.yaml, which is taken in its
+            `model.revision`; False for none.
         tasks: lm-evaluation-harness tasks, and groups of them, such as commonsense or mmlu.
         text: "demo", a file or a hub dataset. Default: the text of the checkpoint's recipe, else "demo".
         split: split of that source. Default: that of the recipe, else "dev".
@@ -138,7 +140,8 @@ def evaluate(
             where it was stopped.
         dtype: data type of the weights of both models, such as float32; "auto" is that of the checkpoint at `path`.
         device: where to run. Default: a GPU if there is one.
-        trust_remote_code: import mixers of your own that the checkpoint names as `module:Class`; see `linearize.load`.
+        trust_remote_code: import mixers of your own that the checkpoint names as `module:Class`, and run code of the
+            teacher's repository; see `linearize.load`.
         say: receives what is being measured, a line each.
 
     Raises:
@@ -150,14 +153,16 @@ def evaluate(
     if sample_prompt == "":
         raise UserError("sample_prompt is empty; give a text to continue, or none")
     recipe = _recipe(name)
+    source_model = recipe.get("model", {})
     if teacher is None or teacher is True:
-        source = recipe.get("model", {}).get("name")
+        source = source_model.get("name")
         if source is None and (teacher or recipe):
             raise UserError(f"{name} has no recipe.yaml that names its source model; give `teacher` by name")
         teacher = source
+    revision = source_model.get("revision") if str(teacher) == source_model.get("name") else None
     data = DataConfig.model_validate(recipe["data"]) if "data" in recipe else None
     told = recipe.get("evaluation") or {}
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(device or "auto")
     asked = _config(
         text=text or told.get("text"),
         split=split or told.get("split", "dev"),
@@ -183,7 +188,8 @@ def evaluate(
     vocabulary = tokenizer.get_vocab()
 
     def load_teacher() -> tuple[Any, Any]:
-        model, tokenizer = load(resolve_model(str(teacher)), dtype=weights, device=device)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model, tokenizer = load(resolve_model(str(teacher)), dtype=weights, device=device, **options)
         if tokenizer.get_vocab() != vocabulary:
             raise UserError(
                 f"{teacher} and {name} have different tokenizers, their losses per token cannot be compared; "
@@ -205,7 +211,7 @@ def evaluate(
             files = [*named_files(config.probes), *(f for folder in folders_of_tasks for f in folder.rglob("*"))]
             made_of = {
                 "model": model_made_of(resolve_model(name)),
-                "teacher": model_made_of(resolve_model(str(teacher))) if teacher else None,
+                "teacher": model_made_of(resolve_model(str(teacher)), revision) if teacher else None,
                 "settings": config.model_dump(mode="json", exclude={"batch_size"}),  # which changes no result
                 "seq_len": told_length,
                 "text": text_made_of(token_ids),

@@ -69,9 +69,7 @@ def lm_eval_tasks(
 
         from linearize.evals.lm_eval_model import in_memory
     except ImportError as error:
-        raise UserError(
-            f"tasks need the lm-evaluation-harness ({error}); run: pip install 'lm-eval[hf]>=0.4.13'"
-        ) from error
+        raise _no_harness(error) from error
     names = expand(tasks)
     manager = _task_manager(names, include_path)
     try:
@@ -97,6 +95,21 @@ def lm_eval_tasks(
             "or ask questions of your own with --tasks-from"
         ) from error
     return _read(found, tasks, _own(manager, include_path), lost)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise the UserErrors of `lm_eval_tasks` that need no model."""
+    if not tasks:
+        return
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise _no_harness(error) from error
+    _task_manager(expand(tasks), None)
+
+
+def _no_harness(error: ImportError) -> UserError:
+    return UserError(f"tasks need the lm-evaluation-harness ({error}); run: pip install 'lm-eval[hf]>=0.4.13'")
 
 
 def _own(manager: Any, include_path: str | Path | Sequence[str | Path] | None) -> set[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from linearize.data import DataConfig, read_tokens, tokens_of
+from linearize.data import DataConfig, check_source, tokens_of
 from linearize.errors import UserError
 from linearize.evals.agreement import agreement
 from linearize.evals.config import EvalConfig
@@ -235,13 +235,30 @@ def eval_tokens(config: EvalConfig, tokenizer: Any, data: DataConfig | None = No
     Raises:
         UserError: when the text cannot be read, or the training source has no such split.
     """
-    if config.text or data is None:
-        source = config.text or "demo"
-        split = "train" if Path(source).expanduser().is_file() else config.split
-        return read_tokens(source, tokenizer, split, max_tokens=TEXT_TOKENS)
+    with _no_text(config, data):
+        return tokens_of(_text(config, data), tokenizer, max_tokens=TEXT_TOKENS)
+
+
+def check_text(config: EvalConfig, data: DataConfig | None = None) -> None:
+    """Raise the errors of `eval_tokens` that can be known before anything is read."""
+    with _no_text(config, data):
+        check_source(_text(config, data))
+
+
+def _text(config: EvalConfig, data: DataConfig | None) -> DataConfig:
+    if config.text is None and data is not None:
+        return data.model_copy(update={"split": config.split})
+    source = config.text or "demo"
+    return DataConfig(source=source, split="train" if Path(source).expanduser().is_file() else config.split)
+
+
+@contextmanager
+def _no_text(config: EvalConfig, data: DataConfig | None) -> Iterator[None]:
     try:
-        return tokens_of(data.model_copy(update={"split": config.split}), tokenizer, max_tokens=TEXT_TOKENS)
+        yield
     except UserError as error:
+        if config.text is not None:
+            raise UserError(f"evaluation.text: {error}") from error
         raise UserError(
             f"no evaluation text: {error}. Set evaluation.text to a held-out file or to demo, or evaluation.split to a "
             "split that the source has"

@@ -84,10 +84,10 @@ def _beside(report: Path) -> Path:
     return report.with_name(f"{report.name}.parts")
 
 
-def model_made_of(name: str) -> Any:
+def model_made_of(name: str, revision: str | None = None) -> Any:
     """What tells a model from one of the same name: the commit of a hub repository, else sizes and times of files."""
     if not Path(name).is_dir():
-        found = hub_file(name, "config.json")
+        found = hub_file(name, "config.json", revision)
         return [name, None if found is None else found.parent.name]
     folder = Path(name).resolve()
     files = {path for pattern in MODEL_FILES for path in folder.glob(pattern)} | {*folder.glob("adapter/*")}

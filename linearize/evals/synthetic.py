@@ -19,7 +19,7 @@ from linearize.evals.synthetic_items import Fitter, Item, Puzzle, largest
 from linearize.evals.synthetic_score import Score, score
 from linearize.evals.table import percent
 from linearize.evals.views import HeatMap, Number, Table, View
-from linearize.schema import Count
+from linearize.schema import Count, Seed
 
 KEYS = [field.name for field in dataclasses.fields(Score)]
 SHARES = ("generated", "low", "high", "likelihood", "chance")
@@ -41,7 +41,7 @@ class SyntheticConfig(ProbeConfig):
         description="Tokens of prompt and longest answer together. Default: half, once and twice the training length.",
     )
     items: PositiveInt = Field(16, description="Questions for each length and depth.")
-    seed: int = Field(0, description="Seed of the questions; all models are asked the same.")
+    seed: Seed = Field(0, description="Seed of the questions; all models are asked the same.")
     just_read_twice: bool = Field(
         False, description="Give the context twice before the question, as in Just Read Twice (arXiv:2407.05483)."
     )

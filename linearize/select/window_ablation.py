@@ -33,7 +33,7 @@ from linearize.evals.recall import WORDS, RecallItem, make_prompt
 from linearize.evals.text import LOGIT_BUDGET, evaluating
 from linearize.families.base import Family
 from linearize.losses import divergence
-from linearize.schema import Count
+from linearize.schema import Count, Seed
 from linearize.select.base import Choice, Round, Selector, SelectorConfig
 
 LONGEST = 2048
@@ -52,10 +52,10 @@ class WindowAblationConfig(SelectorConfig):
     facts: list[Annotated[int, Field(ge=1, le=len(WORDS))]] = Field(
         [1, 4], min_length=1, description="Facts in a question's text, of one after the other."
     )
-    seq_len: int | None = Field(
-        None, gt=0, description="Tokens of text, or of a question's, at once. Default: data.seq_len, at most 2,048."
+    seq_len: Annotated[Count, Field(gt=0)] | None = Field(
+        None, description="Tokens of text, or of a question's, at once. Default: data.seq_len, at most 2,048."
     )
-    seed: int = Field(0, description="Seed of the questions.")
+    seed: Seed = Field(0, description="Seed of the questions.")
 
 
 class WindowAblation(Selector):

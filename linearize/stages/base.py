@@ -20,11 +20,14 @@ from linearize.data import DataConfig, PackedDataset, Rows
 from linearize.errors import UserError, disk_full
 from linearize.families.base import Family
 from linearize.swap import source_weights
-from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
+from linearize.training.checkpoint import newest_checkpoint, read_state, read_tensors, remove_checkpoints, write_tensors
 from linearize.training.loop import Batch, Metrics, train
 from linearize.training.names import GROUPS, own_name, spelled_out
 from linearize.training.precision import float32_weights, precision
 from linearize.training.processes import is_main
+
+RESULT = "result.safetensors"
+"""File of a finished stage's result in its folder."""
 
 
 class Stage:
@@ -177,6 +180,26 @@ class Stage:
         fp32 = precision(self.config, next(model.parameters()).device) == "fp32"
         return float32_weights(model) if fp32 else nullcontext()
 
+    @staticmethod
+    def finished(folder: Path) -> bool:
+        """Whether a stage's folder has its result."""
+        return (folder / RESULT).exists()
+
+    def check_resumed(self, data: PackedDataset | None, folder: Path) -> None:
+        """Raise a UserError if what lies in `folder` was trained on other rows than those of `data`."""
+        file = folder / RESULT if self.finished(folder) else newest_checkpoint(folder)
+        if data is None or file is None:
+            return
+        told, now = read_state(file), _facts(data)
+        if self.finished(folder) and told.get("max_tokens") != now["max_tokens"]:
+            return  # of a stream as much is read as the stages need, and later ones may have changed
+        if told.get("data", now["data"]) != now["data"]:
+            raise UserError(
+                f"stage {self.config.type}: the training data changed since {file} was written: data.source="
+                f"{data.info['config']['source']!r} gives other rows now; put it back as it was, or convert into "
+                "another folder"
+            )
+
     def run(
         self, model: Any, data: PackedDataset | None, folder: Path, resume: bool = False, keep_source: bool = False
     ) -> float:
@@ -193,8 +216,8 @@ class Stage:
             Seconds of training, those of interrupted and finished runs included.
         """
         self.keep_source = self.keeps_source or keep_source
-        result = folder / "result.safetensors"
-        if resume and result.exists():
+        result = folder / RESULT
+        if resume and self.finished(folder):
             tensors, state = read_tensors(result)
             with torch.no_grad():
                 self.restore(model, tensors)
@@ -202,7 +225,7 @@ class Stage:
             return state["seconds"]
         seconds, changed = self.work(model, data, folder, resume)
         if is_main():
-            write_tensors(result, changed, {"type": self.config.type, "seconds": seconds})
+            write_tensors(result, changed, {**_facts(data), "type": self.config.type, "seconds": seconds})
             self.tidy(folder)
         return seconds
 
@@ -235,6 +258,7 @@ class Stage:
                 lr_scale=self.lr_scale,
                 at=lambda done: self.at(model, parameters, done),
                 resume=resume,
+                facts=_facts(data),
             )
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
@@ -243,6 +267,11 @@ class Stage:
             p.data = p.data.to(dtypes[name])
             p.requires_grad_(False)
         return seconds, parameters
+
+
+def _facts(data: PackedDataset | None) -> dict[str, Any]:
+    """What tells the rows that were trained on from others."""
+    return {} if data is None else {"data": data.content, "max_tokens": data.info["config"]["max_tokens"]}
 
 
 class Edit(Stage):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,9 +46,29 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     Raises:
         UserError: when the file is damaged.
     """
+    with _damage(path), safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+
+
+def read_state(path: Path) -> dict:
+    """Only the state of what `write_tensors` wrote.
+
+    Raises:
+        UserError: when the file is damaged.
+    """
+    with _damage(path), safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["state"])
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The file that `load_checkpoint` reads, if there is one."""
+    return max(folder.glob("step-*.safetensors"), default=None)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+        yield
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"checkpoint {path} is damaged ({error}); delete that file and resume again: an earlier checkpoint or the "
@@ -98,14 +119,14 @@ def load_checkpoint(
     Raises:
         UserError: when the newest checkpoint is damaged or belongs to other parameters.
     """
-    files = sorted(folder.glob("step-*.safetensors"))
-    if not files:
+    newest = newest_checkpoint(folder)
+    if newest is None:
         return None
-    tensors, state = read_tensors(files[-1])
+    tensors, state = read_tensors(newest)
     saved = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
     if saved != set(parameters):
         raise UserError(
-            f"checkpoint {files[-1]} holds other parameters than this stage trains "
+            f"checkpoint {newest} holds other parameters than this stage trains "
             f"(for example {sorted(saved ^ set(parameters))[0]!r}); resume with the recipe that wrote it"
         )
     with torch.no_grad():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from linearize.schema import Count, Strict
+from linearize.schema import WITHOUT_EFFECT, Count, Seed, Strict
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class StageConfig(Strict):
@@ -24,10 +26,13 @@ class TrainingConfig(StageConfig):
     micro_batch_size: int | None = Field(
         None,
         gt=0,
+        json_schema_extra=WITHOUT_EFFECT,
         description="Sequences per forward pass and device; the rest is accumulated. Default: batch_size, divided "
         "among the processes.",
     )
-    seq_len: int | None = Field(None, gt=0, description="Tokens per sequence. Default: data.seq_len.")
+    seq_len: Annotated[Count, Field(gt=1)] | None = Field(
+        None, description="Tokens per sequence. Default: data.seq_len."
+    )
     data: dict[str, Any] = Field(
         {}, description="What this stage trains on: keys of `data` that differ from the recipe's; all others are its."
     )
@@ -49,7 +54,7 @@ class TrainingConfig(StageConfig):
         50, gt=0, description="Optimiser steps per window whose mean loss the plateau schedule compares."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW moment decays.")
     clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null clips nothing.")
     ema: float | None = Field(
         None,
@@ -67,10 +72,16 @@ class TrainingConfig(StageConfig):
         description="Compute precision; auto is bf16 autocast on GPUs and fp32 on CPUs. Weights train in fp32; with "
         "fp32 those that do not are held in it too while the stage lasts, 2 bytes more for each half-precision one.",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    checkpoint_every: int = Field(100, gt=0, description="Optimiser steps between resumable checkpoints.")
-    log_every: int = Field(1, gt=0, description="Optimiser steps between lines in metrics.jsonl.")
-    seed: int = Field(0, description="Seed of the data order and of dropout.")
+    gradient_checkpointing: bool = Field(
+        False, json_schema_extra=WITHOUT_EFFECT, description="Recompute activations in the backward pass."
+    )
+    checkpoint_every: int = Field(
+        100, gt=0, json_schema_extra=WITHOUT_EFFECT, description="Optimiser steps between resumable checkpoints."
+    )
+    log_every: int = Field(
+        1, gt=0, json_schema_extra=WITHOUT_EFFECT, description="Optimiser steps between lines in metrics.jsonl."
+    )
+    seed: Seed = Field(0, description="Seed of the data order and of dropout.")
 
     @field_validator("train", mode="before", check_fields=False)
     @classmethod

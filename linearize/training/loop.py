@@ -12,7 +12,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def train(
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     at: Callable[[float], None] = lambda done: None,
     resume: bool = False,
+    facts: Mapping[str, Any] = {},  # only read
 ) -> float:
     """Train `parameters` in place.
 
@@ -61,6 +62,7 @@ def train(
         at: called before each step with the share of the steps that are done; what it draws is the same in all
             processes.
         resume: start from the newest checkpoint in `folder` if there is one.
+        facts: plain data that checkpoints hold beside what is needed to go on.
 
     Returns:
         Seconds that the optimiser steps took, those before a resume included.
@@ -115,7 +117,7 @@ def train(
             stopped = stop()
             due = (step + 1) % config.checkpoint_every == 0 and step + 1 < steps
             if (due or stopped is not None) and accelerator.is_main_process:
-                state = {"plateau": asdict(plateau), "seconds": seconds}
+                state = {**facts, "plateau": asdict(plateau), "seconds": seconds}
                 save_checkpoint(folder, step + 1, parameters, optimizer, state, averages)
             if stopped is not None:
                 raise stopped
@@ -218,5 +220,5 @@ def _check_finite(values: dict[str, float], step: int, config: TrainingConfig, f
             raise UserError(
                 f"stage {config.type}: the {what} became {value} at step {step} (lr {values['lr']:.3g}, precision "
                 f"{config.precision}); nothing of this step was kept. Lower lr, raise warmup, set clip or "
-                f"precision=fp32; earlier checkpoints are in {folder}"
+                f"precision=fp32, and go on with --resume: what stages before this one did is kept, in {folder.parent}"
             )

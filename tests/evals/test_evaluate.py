@@ -107,3 +107,26 @@ def test_a_teacher_that_nobody_names_is_an_error(folders):
 def test_settings_that_do_not_fit_name_the_key(folders):
     with pytest.raises(UserError, match="windows"):
         evaluate(folders[1], teacher=False, windows=0, device="cpu")
+
+
+def test_the_teacher_is_the_revision_that_was_converted(folders, monkeypatch):
+    source, student, _ = folders
+    recipe = student / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"name: {source}", f"name: {source}, revision: v1"))
+    asked = []
+
+    def noted(path, **options):
+        asked.append((path, options.get("revision"), options["trust_remote_code"]))
+        return load(path, **{k: v for k, v in options.items() if k != "revision"})
+
+    monkeypatch.setattr("linearize.evals.evaluate.load", noted)
+    quick = {**QUICK, "recall": False, "branches": False, "divergence": False, "device": "cpu"}
+    evaluate(student, trust_remote_code=True, **quick)
+    evaluate(student, teacher=student, **quick)
+    assert asked[:2] == [(str(student), None, True), (str(source), "v1", True)]
+    assert asked[3] == (str(student), None, False), "the revision is the source model's"
+
+
+def test_a_device_that_is_none_is_named(folders):
+    with pytest.raises(UserError, match="unknown device 'tpu'; known: auto, cpu, cuda"):
+        evaluate(folders[1], device="tpu", **QUICK)

@@ -101,7 +101,7 @@ def test_comparison_table_has_a_row_per_point_with_gaps_to_the_teacher(measured)
     assert header[:5] == ["", "loss 50", "gap", "loss 100", "gap"]
     assert student[1:5] == [f"{measured.loss(50):.3f}", "+0.250", f"{measured.loss(100):.3f}", "+0.250"]
     assert teacher[2] == "–" and row["linear off 100"] == "9.500"
-    assert (row["tokens"], row["seconds"], row["1 fact/900"]) == ("1,500,000", "12", "–")
+    assert (row["tokens so far"], row["training s"], row["1 fact/900"]) == ("1,500,000", "12", "–")
     assert "Continuations of 'abc':" in table and "Note: recall of 1 fact(s) over 900" in table
 
 

@@ -22,6 +22,7 @@ from linearize.evals.local_tasks import KINDS, read_rows
 from linearize.evals.probes.base import Probe, ProbeConfig, Subject
 from linearize.evals.synthetic_score import batches_of, log_likelihoods
 from linearize.evals.views import Bars, Table, View
+from linearize.schema import Seed
 
 LETTERS = "ABCDEFGHIJ"
 FILLER = 32
@@ -37,7 +38,7 @@ class OptionPermutationConfig(ProbeConfig):
         "Default: which of four numbers stands in a fact right before the question.",
     )
     items: PositiveInt = Field(16, description="Questions, each asked in every rotation of its options.")
-    seed: int = Field(0, description="Seed of the default questions.")
+    seed: Seed = Field(0, description="Seed of the default questions.")
 
 
 @dataclass(frozen=True)

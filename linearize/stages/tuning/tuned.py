@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linearize.errors import UserError
 from linearize.mixers.base import branches_of
+from linearize.schema import WITHOUT_EFFECT
 from linearize.stages.base import Stage, select
 from linearize.stages.tuning.lora import LoraSettings, attach, target_modules
 from linearize.swap import swapped, teacher_path
@@ -44,6 +45,7 @@ class TunedConfig(TrainingConfig):
     head_chunk: int = Field(
         2048,
         gt=0,
+        json_schema_extra=WITHOUT_EFFECT,
         description="Predictions whose logits over the whole vocabulary are in memory at once; changes memory and "
         "speed, not results.",
     )
