@@ -1,7 +1,7 @@
 """How many facts at once: 1, 4 and 8 special numbers stand anywhere in the text, and one of them is asked.
 
 The usual recall cases place the first fact behind 24 tokens and ask over the whole distance where there is one; here
-all stand uniformly at random and each is as likely to be asked, which is how the teachers' own figures were taken.
+all stand uniformly at random and each is as likely to be asked, which comes nearest to the teachers' own figures.
 The heat map has a row for each number of facts: where it darkens says what a state can hold.
 """
 
