@@ -7,19 +7,17 @@ A change may touch no result that is on disk: that of a stage without one, and o
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from linearize.errors import UserError, disk_full, write_whole
-from linearize.hf.folder import check_folder, check_weights, weight_files
+from linearize.hf.folder import check_folder, check_weights, read_mapping, weight_files
 from linearize.recipe import Recipe
 from linearize.registry import find
 from linearize.schema import differences, without_effect
@@ -56,9 +54,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     try:
         with disk_full(out):
             mark.parent.mkdir(parents=True, exist_ok=True)
-            partial = mark.with_suffix(".partial")
-            partial.write_text(recipe.to_yaml())
-            os.replace(partial, mark)
+            write_whole(mark, recipe.to_yaml())
     except OSError as error:
         raise UserError(f"cannot write to output folder {out}: {error.strerror}; choose another with -o") from error
 
@@ -125,7 +121,7 @@ def _mark(out: Path) -> Path:
 
 
 def _read(out: Path) -> dict[str, Any]:
-    return yaml.safe_load(_mark(out).read_text())
+    return read_mapping(_mark(out))
 
 
 def _types(recipe: dict[str, Any]) -> list[str]:
@@ -191,7 +187,7 @@ def _same_place(then: Any, now: Any) -> bool:
 
 def _is_unbegun(out: Path) -> bool:
     """Whether `out` holds nothing but what a conversion leaves that stopped before it trained or measured."""
-    own = {out / "run", *(out / "run" / name for name in (LOCK, "plan.json", "recipe.partial", "recipe.yaml"))}
+    own = {out / "run", *(out / "run" / name for name in (LOCK, "plan.json", ".recipe.yaml.partial", "recipe.yaml"))}
     return set(out.rglob("*")) <= own
 
 

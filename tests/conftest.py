@@ -10,6 +10,7 @@ import os
 import string
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +137,15 @@ def pico_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=512
     )
+
+
+@pytest.fixture
+def source(
+    pico_model: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder with a source checkpoint and a training text, and the cache of prepared data."""
+    from trainable import write_source
+
+    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
+    write_source(tmp_path, pico_model(), pico_tokenizer)
+    return tmp_path

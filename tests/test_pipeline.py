@@ -28,16 +28,6 @@ from linearize.recipe import Recipe
 EVALUATION = {"windows": 2, "recall": False, "batch_size": 2, "split": "train", "lengths": [16]}
 
 
-@pytest.fixture
-def source(
-    pico_model: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A folder with a source checkpoint and a training text, and the cache of prepared data."""
-    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
-    write_source(tmp_path, pico_model(), pico_tokenizer)
-    return tmp_path
-
-
 def quiet(text: str) -> None:
     pass
 
@@ -285,7 +275,7 @@ def test_a_recipe_can_measure_teacher_and_finished_student_alone(source: Path, s
 
 def test_a_start_that_was_killed_is_no_folder_in_use(source: Path) -> None:
     (source / "out" / "run").mkdir(parents=True)
-    (source / "out" / "run" / "recipe.partial").write_text("model:")
+    (source / "out" / "run" / ".recipe.yaml.partial").write_text("model:")
     out = convert(make_recipe(source, stages=[]), source / "out", say=quiet)
     assert (out / "config.json").exists()
 

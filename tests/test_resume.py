@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from trainable import make_recipe, metrics, write_documents, write_source
+from trainable import make_recipe, metrics, write_documents
 
 from linearize.errors import UserError
 from linearize.pipeline import convert
@@ -20,16 +19,6 @@ from linearize.recipe import Recipe
 FIRST = {"type": "attention_transfer", "tokens": 256, "batch_size": 4}
 SECOND = {"type": "finetune", "tokens": 512, "batch_size": 4, "lr": 1e-3, "lora": {"r": 2}}
 EVALUATION = {"windows": 1, "recall": False, "branches": False, "divergence": False, "split": "train", "lengths": [16]}
-
-
-@pytest.fixture
-def source(
-    pico_model: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A folder with a source checkpoint and a training text, and the cache of prepared data."""
-    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
-    write_source(tmp_path, pico_model(), pico_tokenizer)
-    return tmp_path
 
 
 def recipe_of(source: Path, first: dict[str, Any] | None = None, **second: Any) -> Recipe:
@@ -148,3 +137,12 @@ def test_a_finished_conversion_is_left_as_it_is(source: Path) -> None:
     (out / "model.safetensors").unlink()
     convert(recipe_of(source), out, resume=True, say=said.append)
     assert (out / "model.safetensors").exists() and said[-1] == f"checkpoint written to {out}"
+
+
+def test_a_damaged_recipe_is_an_error_that_says_what_to_do(source: Path) -> None:
+    out = stopped(recipe_of(source), source / "out")
+    (out / "run" / "recipe.yaml").write_text("model: [")
+    with pytest.raises(
+        UserError, match="run/recipe.yaml is not valid YAML .*restore it, or convert into another folder"
+    ):
+        convert(recipe_of(source), out, resume=True, say=lambda text: None)

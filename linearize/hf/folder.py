@@ -88,9 +88,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _no_recipe(path: Path, what: str) -> UserError:
-    first = path.parent / "run" / "recipe.yaml"
-    remedy = f"copy {first} over it" if first.is_file() else "restore it from the conversion's run/recipe.yaml"
-    return UserError(f"{path} {what}; {remedy}, or remove it")
+    inside = path.parent.name == "run"  # a conversion writes its recipe there first, and beside the weights at the end
+    other = path.parent.parent / path.name if inside else path.parent / "run" / path.name
+    remedy = f"copy {other} over it" if other.is_file() else "restore it, or convert into another folder"
+    return UserError(f"{path} {what}; {remedy}" + ("" if inside else ", or remove it"))
 
 
 def read_text(path: Path) -> str:

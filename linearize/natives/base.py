@@ -17,6 +17,7 @@ from linearize.families.base import CONVERTED
 from linearize.hf.auto import find_class
 from linearize.kept import Kept, kept_of
 from linearize.mixers.base import Mixer
+from linearize.mixers.composed import Composed
 from linearize.swap import mixer_specs
 
 Tensors = dict[str, torch.Tensor]
@@ -79,6 +80,11 @@ class Wanted(NamedTuple):
     """Whether the setting is a part, and `value` its type."""
     ok: Callable[[Any], bool] | None = None
     """Whether a value will do, where more than one does."""
+
+
+def made_of_parts(mixer: type) -> bool:
+    """Whether a mixer's class does what its parts' settings say, and nothing of its own."""
+    return issubclass(mixer, Composed) and mixer.forward is Composed.forward
 
 
 def differing(settings: Any, wanted: tuple[Wanted, ...]) -> list[str]:

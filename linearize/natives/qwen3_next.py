@@ -19,8 +19,7 @@ import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from linearize.kept import AS_IN_SOURCE
-from linearize.mixers.composed import Composed
-from linearize.natives.base import Conversion, Native, Tensors, Wanted, conversion, differing
+from linearize.natives.base import Conversion, Native, Tensors, Wanted, conversion, differing, made_of_parts
 from linearize.registry import family_of
 
 OPEN = 40.0
@@ -124,7 +123,7 @@ class Qwen3Next(Native):
 def _of_mixer(spec: tuple[type, Any], config: Any) -> list[str]:
     """What of a mixer stands in the way."""
     mixer, settings = spec
-    if not issubclass(mixer, Composed) or mixer.forward is not Composed.forward:
+    if not made_of_parts(mixer):
         return [f"mixer {mixer.__name__} is not made of parts; take gdn with the settings of recipe qwen3_next"]
     found = differing(settings, WANTED)
     if (eps := config.rms_norm_eps) != settings.output.eps:

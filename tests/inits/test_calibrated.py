@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainable import make_recipe, write_source
+from trainable import make_recipe
 
 from linearize.hf.auto import linearized
 from linearize.inits.calibrated import attention_statistics, calibrate, match_outputs, watch
@@ -247,14 +247,6 @@ def test_hooks_are_gone_after_an_error(student: Any) -> None:
         watch(model, [{"input_ids": ids()}], fails)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model.model)
     assert not any(attn.teacher for attn in swapped(model).values())
-
-
-@pytest.fixture
-def source(pico_model: Any, pico_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a source checkpoint and a training text, and the cache of prepared data."""
-    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "hf"))
-    write_source(tmp_path, pico_model(), pico_tokenizer)
-    return tmp_path
 
 
 def quiet(text: str) -> None:

@@ -14,8 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from linearize.kept import AS_IN_SOURCE
-from linearize.mixers.composed import Composed
-from linearize.natives.base import Conversion, Wanted, conversion, differing
+from linearize.natives.base import Conversion, Wanted, conversion, differing, made_of_parts
 from linearize.registry import family_of
 from linearize.serving.vllm.layout import FAMILIES, full_mixer, states
 
@@ -70,7 +69,7 @@ def _of_source(made: Conversion, config: Any) -> list[str]:
 def _of_mixer(spec: tuple[type, Any], config: Any) -> list[str]:
     """What of a mixer stands in the way."""
     cls, settings = spec
-    if not issubclass(cls, Composed) or cls.forward is not Composed.forward:
+    if not made_of_parts(cls):
         return [f"mixer {cls.__name__} is not made of parts, and vLLM has no kernel for it"]
     found = differing(settings, WANTED)
     if not found and kernel(settings) is None:
