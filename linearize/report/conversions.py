@@ -16,8 +16,9 @@ from typing import Any
 from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.measure import Measurement
 from linearize.evals.table import NOTHING, case_name, grid, number, percent, union
+from linearize.hf.folder import read_mapping
 from linearize.model_names import resolve_model
-from linearize.report.files import check_facts, checked, load, load_yaml, read_text
+from linearize.report.files import check_facts, checked, load, read_text
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def read_conversion(folder: str | Path) -> Conversion:
     if (run / "recipe.yaml").is_file():
         try:
             recipe = read_text(run / "recipe.yaml")
-            evaluation = _evaluation(load_yaml(recipe, run / "recipe.yaml"))
+            evaluation = _evaluation(read_mapping(run / "recipe.yaml"))
         except UserError as error:
             left_out.append(str(error))
     name = folder.resolve().name

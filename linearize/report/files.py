@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from linearize.errors import UserError
@@ -40,17 +39,6 @@ def load(path: Path) -> Any:
         return json.loads(_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); it was cut off, or is something else") from error
-
-
-def load_yaml(text: str, where: object) -> dict[str, Any]:
-    """The mapping that a YAML text holds."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{where} is no recipe: it holds {what(values)}")
-    return values
 
 
 def read_text(path: Path) -> str:

@@ -71,7 +71,7 @@ CASES: list[tuple[Harm, str, str]] = [
     (write("run/1-finetune/metrics.jsonl", '{"tokens": 1, "loss": NaN}'), "run/1-finetune", "not finite"),
     (write("run/layers.json", '{"x": 1}'), "run/layers.json", "rounds"),
     (write("run/recipe.yaml", b"\xff\xfe"), "run/recipe.yaml", "is not text"),
-    (write("run/recipe.yaml", "a: [1"), "run/recipe.yaml", "is not YAML"),
+    (write("run/recipe.yaml", "a: [1"), "run/recipe.yaml", "is not valid YAML"),
     (write("notes.json", "hello"), "notes.json", "is not JSON"),
     (part("e.json", "losses", [{"length": "long"}]), "e.json", "student.losses.0"),
     (part("e.json", "items", 3), "e.json", "student.items"),
