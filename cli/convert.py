@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
 
         show_plan(recipe)
         return
-    from linearize import hub
     from linearize.errors import UserError
-    from linearize.hf.contents import token_line
+    from linearize.hub.contents import token_line
+    from linearize.hub.push import push, reserve
     from linearize.pipeline import convert, plan_of
     from linearize.training.processes import is_main
 
@@ -47,12 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
                 "the recipe has a token of the hub in it, so it cannot be pushed; take it out, and revoke it"
             )
         plan_of(recipe)
-        hub.reserve(repo)
+        reserve(repo)
     out = convert(recipe, arguments.output, resume=arguments.resume)
     if repo is not None:
         later = f"The checkpoint is complete; push it with: {shlex.join(['linearize', 'push', str(out), repo])}"
         try:
-            print(f"pushed to {hub.push(out, repo)}")
+            print(f"pushed to {push(out, repo)}")
         except UserError as error:
             raise UserError(f"{error}. {later}") from error
         except BaseException:  # such as an interruption

@@ -110,7 +110,7 @@ def _free(folder: Path) -> str:
 def _hub(online: bool) -> dict[str, str]:
     from huggingface_hub import constants, get_token
 
-    from linearize.hf.online import endpoint
+    from linearize.hub.online import endpoint
 
     rows = {
         "endpoint": endpoint(),

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    from linearize.hub import push
+    from linearize.hub.push import push
 
     options = vars(arguments)
     where = push(options.pop("folder"), options.pop("repo"), **options)

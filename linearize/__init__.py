@@ -14,7 +14,7 @@ from linearize.hf import hook
 if TYPE_CHECKING:
     from linearize.evals.evaluate import evaluate
     from linearize.hf.load import load
-    from linearize.hub import push
+    from linearize.hub.push import push
     from linearize.pipeline import convert
     from linearize.recipe import Recipe
 
@@ -26,7 +26,7 @@ _HOMES = {
     "convert": "linearize.pipeline",
     "evaluate": "linearize.evals.evaluate",
     "load": "linearize.hf.load",
-    "push": "linearize.hub",
+    "push": "linearize.hub.push",
 }
 
 

@@ -24,11 +24,11 @@ from linearize.evals.points import Points
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
 from linearize.hf.auto import linearized
-from linearize.hf.card import model_card
 from linearize.hf.export import export, export_adapter
-from linearize.hf.licence import licence_files
 from linearize.hf.load import load, load_config, load_processor
 from linearize.hf.native import native_model
+from linearize.hub.card import model_card
+from linearize.hub.licence import licence_files
 from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe

@@ -24,7 +24,7 @@ from linearize.errors import UserError
 from linearize.families.base import Family
 from linearize.hf.auto import register, trusting
 from linearize.hf.folder import ADAPTER, check_folder, check_weights, weight_files
-from linearize.hf.online import cache_if_unreachable, endpoint
+from linearize.hub.online import cache_if_unreachable, endpoint
 from linearize.registry import known_family
 
 logger = logging.getLogger(__name__)

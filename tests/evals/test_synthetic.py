@@ -21,9 +21,9 @@ from linearize.evals.probes.base import Probe, Subject, probe_of
 from linearize.evals.probes.frequent_words import frequencies
 from linearize.evals.probes.grammar import longest_cycle, rules
 from linearize.evals.recall import encode
-from linearize.evals.synthetic import KEYS, DepthProbe, SyntheticProbe
-from linearize.evals.synthetic_items import Fitter, Puzzle, largest
-from linearize.evals.synthetic_score import log_likelihoods, matched
+from linearize.evals.synthetic.items import Fitter, Puzzle, largest
+from linearize.evals.synthetic.probe import KEYS, DepthProbe, SyntheticProbe
+from linearize.evals.synthetic.score import log_likelihoods, matched
 from linearize.registry import find, keys
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,7 +8,7 @@ import pytest
 from loopback import Hub
 
 from linearize.errors import UserError
-from linearize.hub import push, reserve
+from linearize.hub.push import push, reserve
 
 
 def refused(folder: Path, repo: str = "ada/student", *, public: bool = False) -> str:

@@ -17,7 +17,7 @@ import json, sys
 import linearize
 from linearize.errors import UserError
 from linearize.evals.evaluate import _recipe
-from linearize.hf.card_data import source_metadata
+from linearize.hub.card_data import source_metadata
 
 def outcome(call, *arguments, **options):
     try:

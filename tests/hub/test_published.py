@@ -17,10 +17,10 @@ from linearize.evals.evaluate import Report
 from linearize.evals.items import Asked
 from linearize.evals.measure import Measurement
 from linearize.evals.text import TextLoss
-from linearize.hf.contents import contents, token_line
-from linearize.hf.local_paths import Hider, known_paths
-from linearize.hf.published import publish
-from linearize.hub import push
+from linearize.hub.contents import contents, token_line
+from linearize.hub.local_paths import Hider, known_paths
+from linearize.hub.published import publish
+from linearize.hub.push import push
 
 SECRET = "AbCdEfGh12" * 4
 

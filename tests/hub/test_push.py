@@ -16,15 +16,15 @@ from loopback import STRANGER, TOKEN, Hub, client_environment
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file, save_file
 
-from linearize import hub as hub_module
 from linearize import pipeline
 from linearize.cli.main import main
 from linearize.errors import UserError
 from linearize.evals.evaluate import Report
 from linearize.evals.measure import Measurement
-from linearize.hf.contents import contents, is_weights
 from linearize.hf.export import export, export_adapter
-from linearize.hf.published import Published, publish
+from linearize.hub import push as hub_module
+from linearize.hub.contents import contents, is_weights
+from linearize.hub.published import Published, publish
 
 CLI = "import sys; from linearize.cli.main import main; sys.exit(main(sys.argv[1:]))"
 IMPATIENT = "import time; time.sleep = lambda seconds: None; "
@@ -292,7 +292,7 @@ def test_no_token_is_ever_shown_or_written(server: Hub, linearize: Client, folde
     linearize("doctor", "--online", **loud)
     linearize("push", folder, "ada/student", **loud)
     linearize("push", folder, "eve/student", code=2, **loud)
-    broken = "import linearize.hub; linearize.hub._operations = None; "
+    broken = "import linearize.hub.push; linearize.hub.push._operations = None; "
     assert "Traceback" in linearize("push", folder, "ada/broken", code=1, before=broken, **loud)
     server.drop = lambda put: 10
     server.blobs.clear()

@@ -13,9 +13,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from linearize.evals.synthetic import SyntheticConfig, SyntheticProbe
-from linearize.evals.synthetic_items import Puzzle
-from linearize.evals.synthetic_words import WRONG
+from linearize.evals.synthetic.items import Puzzle
+from linearize.evals.synthetic.probe import SyntheticConfig, SyntheticProbe
+from linearize.evals.synthetic.words import WRONG
 
 PEOPLE = ("Anna", "Peter", "Clara", "Henry")
 PLACES = ("kitchen", "garden", "office", "bedroom", "cellar", "hallway")

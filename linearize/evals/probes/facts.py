@@ -14,9 +14,9 @@ from typing import Annotated
 from pydantic import Field
 
 from linearize.evals import recall
-from linearize.evals.synthetic import SyntheticConfig, SyntheticProbe
-from linearize.evals.synthetic_items import Puzzle
-from linearize.evals.synthetic_words import WRONG, numbers
+from linearize.evals.synthetic.items import Puzzle
+from linearize.evals.synthetic.probe import SyntheticConfig, SyntheticProbe
+from linearize.evals.synthetic.words import WRONG, numbers
 
 
 class FactsConfig(SyntheticConfig):

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import Field
 
-from linearize.evals.synthetic import SyntheticConfig, SyntheticProbe
-from linearize.evals.synthetic_items import Puzzle
-from linearize.evals.synthetic_words import WRONG, coded_words, listed, one_changed
+from linearize.evals.synthetic.items import Puzzle
+from linearize.evals.synthetic.probe import SyntheticConfig, SyntheticProbe
+from linearize.evals.synthetic.words import WRONG, coded_words, listed, one_changed
 
 
 class FrequentWordsConfig(SyntheticConfig):

@@ -18,9 +18,9 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from linearize.evals.recall import WORDS
-from linearize.evals.synthetic import SyntheticConfig, SyntheticProbe
-from linearize.evals.synthetic_items import Puzzle
-from linearize.evals.synthetic_words import WRONG
+from linearize.evals.synthetic.items import Puzzle
+from linearize.evals.synthetic.probe import SyntheticConfig, SyntheticProbe
+from linearize.evals.synthetic.words import WRONG
 
 
 class GrammarConfig(SyntheticConfig):

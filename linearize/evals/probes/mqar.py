@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from linearize.evals.recall import WORDS
-from linearize.evals.synthetic import DepthConfig, DepthProbe
-from linearize.evals.synthetic_items import Puzzle
-from linearize.evals.synthetic_words import WRONG
+from linearize.evals.synthetic.items import Puzzle
+from linearize.evals.synthetic.probe import DepthConfig, DepthProbe
+from linearize.evals.synthetic.words import WRONG
 
 
 class MqarConfig(DepthConfig):

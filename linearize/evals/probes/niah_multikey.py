@@ -13,9 +13,9 @@ from pydantic import Field
 
 from linearize.evals.recall import ANSWER, FACT, QUESTION, facts
 from linearize.evals.recall import WORDS as KNOWN
-from linearize.evals.synthetic import DepthConfig, DepthProbe
-from linearize.evals.synthetic_items import Puzzle
-from linearize.evals.synthetic_words import WRONG
+from linearize.evals.synthetic.items import Puzzle
+from linearize.evals.synthetic.probe import DepthConfig, DepthProbe
+from linearize.evals.synthetic.words import WRONG
 
 
 class NiahMultikeyConfig(DepthConfig):

@@ -10,9 +10,9 @@ import random
 from typing import Any
 
 from linearize.evals.recall import ANSWER, FACT, QUESTION, WORDS
-from linearize.evals.synthetic import DepthProbe
-from linearize.evals.synthetic_items import Puzzle
-from linearize.evals.synthetic_words import WRONG, numbers
+from linearize.evals.synthetic.items import Puzzle
+from linearize.evals.synthetic.probe import DepthProbe
+from linearize.evals.synthetic.words import WRONG, numbers
 
 
 class NiahSingle(DepthProbe):

@@ -20,7 +20,7 @@ from linearize.errors import UserError
 from linearize.evals import recall
 from linearize.evals.local_tasks import KINDS, read_rows
 from linearize.evals.probes.base import Probe, ProbeConfig, Subject
-from linearize.evals.synthetic_score import batches_of, log_likelihoods
+from linearize.evals.synthetic.score import batches_of, log_likelihoods
 from linearize.evals.views import Bars, Table, View
 from linearize.schema import Seed
 

@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import Field
 
 from linearize.evals.recall import WORDS
-from linearize.evals.synthetic import SyntheticConfig, SyntheticProbe
-from linearize.evals.synthetic_items import Puzzle
-from linearize.evals.synthetic_words import listed, two_exchanged
+from linearize.evals.synthetic.items import Puzzle
+from linearize.evals.synthetic.probe import SyntheticConfig, SyntheticProbe
+from linearize.evals.synthetic.words import listed, two_exchanged
 
 
 class SelectiveCopyingConfig(SyntheticConfig):

@@ -1,6 +1,6 @@
 """Scores questions in two ways: by what the model writes, and by which of several answers it finds likeliest.
 
-`score(subject, items)` asks those that `linearize.evals.synthetic_items` makes. Both ways decode through the cache,
+`score(subject, items)` asks those that `linearize.evals.synthetic.items` makes. Both ways decode through the cache,
 so that a recurrent state is tested as it is used. Only prompts of equal length share a batch, so none is padded.
 """
 
@@ -21,7 +21,7 @@ from linearize.evals.finite import watching
 from linearize.evals.probes.base import Subject
 from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
-from linearize.evals.synthetic_items import Item
+from linearize.evals.synthetic.items import Item
 from linearize.evals.text import evaluating
 
 

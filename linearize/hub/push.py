@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UserError
-from linearize.hf.contents import Contents, contents, is_weights, token_line
-from linearize.hf.hub_errors import explained
-from linearize.hf.published import CARD, Published, publish
+from linearize.hub.contents import Contents, contents, is_weights, token_line
+from linearize.hub.errors import explained
+from linearize.hub.published import CARD, Published, publish
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi

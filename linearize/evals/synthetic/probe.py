@@ -15,8 +15,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PositiveInt
 
 from linearize.evals.probes.base import Probe, ProbeConfig, Subject
-from linearize.evals.synthetic_items import Fitter, Item, Puzzle, largest
-from linearize.evals.synthetic_score import Score, score
+from linearize.evals.synthetic.items import Fitter, Item, Puzzle, largest
+from linearize.evals.synthetic.score import Score, score
 from linearize.evals.table import percent
 from linearize.evals.views import HeatMap, Number, Table, View
 from linearize.schema import Count, Seed

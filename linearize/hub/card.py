@@ -13,8 +13,8 @@ from linearize import __version__
 from linearize.evals.measure import Measurement
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
-from linearize.hf.card_data import PLACE, card_data
-from linearize.hf.card_results import remarks
+from linearize.hub.card_data import PLACE, card_data
+from linearize.hub.card_results import remarks
 from linearize.plan import Plan
 from linearize.recipe import Recipe
 from linearize.registry import find

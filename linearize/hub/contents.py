@@ -25,7 +25,7 @@ from linearize.hf.folder import (
     recipe_in,
     weight_files,
 )
-from linearize.hf.licence import is_licence
+from linearize.hub.licence import is_licence
 
 ALLOWED = (
     "README.md",

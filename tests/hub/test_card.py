@@ -20,10 +20,10 @@ from linearize.evals.measure import Measurement
 from linearize.evals.recall_score import RecallScore
 from linearize.evals.text import TextLoss
 from linearize.families.base import Family
-from linearize.hf.card import model_card
-from linearize.hf.card_data import for_repository, pipeline_tag, source_metadata
-from linearize.hf.card_results import eval_results, held_out, merged
-from linearize.hf.licence import licence_files
+from linearize.hub.card import model_card
+from linearize.hub.card_data import for_repository, pipeline_tag, source_metadata
+from linearize.hub.card_results import eval_results, held_out, merged
+from linearize.hub.licence import licence_files
 from linearize.pipeline import plan_of
 from linearize.plan import make_plan
 from linearize.recipe import Recipe

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from linearize.errors import UserError
-from linearize.hf.card_results import eval_results, held_out, is_hub_dataset, merged
-from linearize.hf.licence import licence_files, licence_metadata
-from linearize.hf.online import cache_if_unreachable
+from linearize.hub.card_results import eval_results, held_out, is_hub_dataset, merged
+from linearize.hub.licence import licence_files, licence_metadata
+from linearize.hub.online import cache_if_unreachable
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -122,7 +122,7 @@ def for_repository(
     written are looked up once more. What a user wrote into the card stays.
 
     Args:
-        text: a card of `linearize.hf.card`, perhaps edited.
+        text: a card of `linearize.hub.card`, perhaps edited.
         repo: `USER/NAME`.
         adapter_of: for an adapter alone, the hub name of the converted checkpoint that it belongs to, "" if that is
             nowhere on the hub.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from linearize.errors import UserError
-from linearize.hf.online import endpoint, is_network
+from linearize.hub.online import endpoint, is_network
 
 KEPT = "the files that arrived are kept there, so run the same command again"
 

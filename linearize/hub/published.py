@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UserError
-from linearize.hf.card_data import for_repository
-from linearize.hf.card_results import eval_results, held_out
-from linearize.hf.contents import Contents
 from linearize.hf.folder import read_mapping, read_text
-from linearize.hf.local_paths import Hider, known_paths
+from linearize.hub.card_data import for_repository
+from linearize.hub.card_results import eval_results, held_out
+from linearize.hub.contents import Contents
+from linearize.hub.local_paths import Hider, known_paths
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
