@@ -1,9 +1,16 @@
-# Every named recipe on the 31M teacher, 10M tokens each: TEACHER, TRAIN and DEV name its folder and the two text files.
-data="data={source: $TRAIN, seq_len: 2048, recall_fraction: 0.5, max_tokens: 10M}"
-evaluation="evaluation={text: $DEV, lengths: [1024, 2048], windows: 64, recall: true, recall_items: 64, batch_size: 16, between: false}"
+# Every named recipe on the 31M teacher: TEACHER, TRAIN and DEV name its folder and the two text files. TOKENS is the budget
+# of each in millions (10); RECIPES some of them instead of all; ITEMS the questions a case (64), FACTS=yes asks as many as
+# teacher-30m-auto.yaml does with the facts anywhere.
+TOKENS=${TOKENS:-10}
+[ -n "$FACTS" ] && probes=", probes: [{type: facts, facts: [1], lengths: [250, 1850], items: 200}, {type: facts, facts: [4], \
+lengths: [1800], items: 200}, {type: facts, facts: [8], lengths: [1670], items: 200}]"
+data="data={source: $TRAIN, seq_len: 2048, recall_fraction: 0.5, max_tokens: ${TOKENS}M}"
+evaluation="evaluation={text: $DEV, lengths: [1024, 2048], windows: 64, recall: true, recall_items: ${ITEMS:-64}, batch_size: 16, \
+between: false$probes}"
 
 named() {
     name=$1; shift
+    case " ${RECIPES:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     linearize convert --model "$TEACHER" --recipe default/$name model.dtype=float32 "$data" "$evaluation" \
         'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" -o runs/named/$name
 }
@@ -13,18 +20,20 @@ mixer='lrs={mixer: 1.0e-3}'
 short="stages.0.batch_size=32 stages.1.batch_size=32 stages.1.schedule=cosine"
 long="data.seq_len=1024 stages.2.seq_len=2048 stages.2.lr=1.0e-4"
 
-named radlads tokens=10M $short $(kl 1) "stages.1.$mixer" $long
-named kl_guided tokens=10M $short $(kl 1) "stages.1.$mixer" $long
-named halo tokens=10M $(kl 1) "stages.1.$mixer" $long
-named mohawk stages.0.tokens=1M stages.1.tokens=2M stages.2.tokens=7M $(kl 2) "stages.2.$mixer"
-named xlstm tokens=10M $(kl 1) "stages.1.$mixer"
-named mamba_in_llama tokens=10M $(kl 0) "stages.0.$mixer" $(kl 1) "stages.1.$mixer"
-named attention_to_mamba tokens=10M $(kl 1) "stages.1.$mixer"
-named taylor_gdn stages.0.batch_size=4 stages.0.tokens=307k stages.1.tokens=9.7M $(kl 1) "stages.1.$mixer"
-named xatl tokens=10M stages.0.lr=3.0e-4
-named liger tokens=10M
-for name in hedgehog hedgecats lolcats; do named $name tokens=10M stages.1.lr=1.0e-3; done
-for name in t2r supra lizard; do named $name tokens=10M stages.1.lr=1.0e-3 "stages.1.$mixer"; done
+named radlads tokens=${TOKENS}M $short $(kl 1) "stages.1.$mixer" $long
+named kl_guided tokens=${TOKENS}M $short $(kl 1) "stages.1.$mixer" $long
+named halo tokens=${TOKENS}M $(kl 1) "stages.1.$mixer" $long
+named mohawk stages.0.tokens=${TOKENS}00k stages.1.tokens=$((TOKENS * 2))00k stages.2.tokens=$((TOKENS * 7))00k $(kl 2) "stages.2.$mixer"
+named xlstm tokens=${TOKENS}M $(kl 1) "stages.1.$mixer"
+named mamba_in_llama tokens=${TOKENS}M $(kl 0) "stages.0.$mixer" $(kl 1) "stages.1.$mixer"
+named attention_to_mamba tokens=${TOKENS}M $(kl 1) "stages.1.$mixer"
+named taylor_gdn stages.0.batch_size=4 stages.0.tokens=307k stages.1.tokens=$((TOKENS * 1000 - 300))k $(kl 1) "stages.1.$mixer"
+named xatl tokens=${TOKENS}M stages.0.lr=3.0e-4
+named liger tokens=${TOKENS}M
+for name in hedgehog hedgecats lolcats; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3; done
+for name in t2r supra lizard; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 "stages.1.$mixer"; done
+
+[ -n "$RECIPES" ] && exit
 
 ours() {
     name=$1; tokens=$2; shift 2
