@@ -46,8 +46,9 @@ HEAD = """\
 
 A recipe is a YAML file that says everything a conversion does. `linearize convert --model NAME --recipe NAME`
 takes a shipped one, `--recipe mine.yaml` your own, and `key=value` arguments change single settings:
-`mixer.window=128`, `stages.0.tokens=2M`, `stages.*.lr=1e-4` (every stage), `layers=LLLS`. Values are YAML. A key
-that does not exist is an error that names the closest one.
+`mixer.window=128`, `stages.0.tokens=2M`, `stages.*.lr=1e-4` (every stage), `layers=LLLS`. A key that does not exist
+is an error that names the closest one. Values, here and in files, are read as YAML 1.2 has them: `1e-4` and `010` are
+numbers (0.0001 and 10), only `true` and `false` are booleans, and `1:30`, `no` and `2024-01-01` are text.
 `extends: demo/lolcats` starts from another recipe and changes what follows.
 The resolved recipe, with every default filled in, is written into the checkpoint as `recipe.yaml`; it
 reproduces the run.

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -26,6 +25,7 @@ from pydantic import (
 )
 from transformers import AttentionInterface
 
+from linearize import plain_yaml
 from linearize.data import DataConfig
 from linearize.errors import UserError, did_you_mean
 from linearize.evals.config import EvalConfig
@@ -287,7 +287,7 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The resolved recipe, which reproduces the run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return plain_yaml.write(self.model_dump(mode="json"))
 
 
 def mixer_config(settings: Mapping[str, Any]) -> Any:

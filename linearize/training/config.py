@@ -51,9 +51,9 @@ class TrainingConfig(StageConfig):
         0.0,
         ge=0,
         le=1,
-        description="Share r of lr at which a decay ends, one step after the last, as in transformers and torch. After w "
-        "of n steps of warm-up, step s (from 0) has lr times r + (1 - r) f, f = (1 + cos(pi d)) / 2 (cosine) or 1 - d "
-        "(linear), d = (s - w) / (n - w).",
+        description="Share r of lr at which a decay ends, one step after the last, as in transformers and torch. Of n "
+        "steps, w of them warm-up, step s (from 0) has lr times r + (1 - r) f; f is (1 + cos(pi d)) / 2 (cosine) or "
+        "1 - d (linear), d is (s - w) / (n - w).",
     )
     plateau_patience: Count = Field(
         50, gt=0, description="Optimiser steps per window whose mean loss the plateau schedule compares."
