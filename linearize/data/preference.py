@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from linearize.data.config import DataConfig
+from linearize.data.encoding import as_turn, render, token_ids
 from linearize.data.packing import Row
-from linearize.data.sources import as_turn, render, token_ids
 from linearize.errors import UserError
 from linearize.evals.recall import alike, leading_bos
 
