@@ -73,9 +73,7 @@ def tokenized(rows: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase)
 def _encoder(
     row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[dict[str, list]], Encoded]:
-    column, kind = _column(row, config)
-    if config.completion_only and kind == "text":
-        raise UserError("data.completion_only=true needs chat or instruction data; this source is plain text")
+    column, kind = kind_of(row, config)
     if kind == "chat":
         return lambda batch: [_encode_chat(messages, config, tokenizer) for messages in batch[column] if messages]
     if kind == "instruction":
@@ -88,8 +86,19 @@ def _encoder(
     return encode_text
 
 
+def kind_of(row: dict[str, Any], config: DataConfig) -> tuple[str, str]:
+    """Which column to read and what it holds: text, chat, or instruction (with its fixed columns).
+
+    Raises:
+        UserError: where no column of the row fits `config`, or plain text has no replies to train on.
+    """
+    column, kind = _column(row, config)
+    if config.completion_only and kind == "text":
+        raise UserError("data.completion_only=true needs chat or instruction data; this source is plain text")
+    return column, kind
+
+
 def _column(row: dict[str, Any], config: DataConfig) -> tuple[str, str]:
-    """Which column to read and what it holds: text, chat, or instruction (with its fixed columns)."""
     columns = list(row)
     wanted = config.text_column
     if wanted is not None and wanted not in columns:
@@ -98,7 +107,7 @@ def _column(row: dict[str, Any], config: DataConfig) -> tuple[str, str]:
     if config.format in ("auto", "text") and text in columns and isinstance(row[text], str | None):
         return text, "text"
     chat = wanted or next((name for name in _CHAT_COLUMNS if name in columns), None)
-    if config.format in ("auto", "chat") and chat and isinstance(row[chat], list):
+    if config.format in ("auto", "chat") and chat and isinstance(row[chat], list | None):
         return chat, "chat"
     if config.format in ("auto", "instruction") and not wanted and {"instruction", "output"} <= set(columns):
         return "instruction", "instruction"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,15 @@ Tokens = tuple[list[int], list[int], list[int]]
 """Token ids of the prompt, of the chosen reply, and of the rejected one."""
 
 
+def check_pairs(row: Mapping[str, Any], config: DataConfig) -> None:
+    """Raise a UserError for a row without the columns of pairs."""
+    if not {"chosen", "rejected"} <= set(row):
+        raise UserError(
+            f"data.source={config.source!r} has no pairs: data.format=preference needs columns chosen and rejected, "
+            f"and it has {', '.join(row) or 'no rows'}; choose other data or another data.format"
+        )
+
+
 def pair_rows(
     rows: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, pad: int, counter: Counter[str]
 ) -> Iterator[tuple[Row, Row]]:
@@ -50,12 +59,7 @@ def pair_rows(
     Raises:
         UserError: for rows without the columns, a tokenizer that does not fit, or no pair that can be used.
     """
-    first = next(iter(rows.take(1)), None)
-    if first is None or not {"chosen", "rejected"} <= set(first):
-        raise UserError(
-            f"data.source={config.source!r} has no pairs: data.format=preference needs columns chosen and rejected, "
-            f"and it has {', '.join(first or ()) or 'no rows'}; choose other data or another data.format"
-        )
+    check_pairs(next(iter(rows.take(1)), {}), config)
     if config.eos_between_documents and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token; set data.eos_between_documents=false")
     bos = leading_bos(tokenizer)

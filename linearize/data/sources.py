@@ -30,16 +30,15 @@ def open_source(config: DataConfig, folder: Path | None) -> tuple[Any, list]:
     """
     import datasets
 
-    split, bracket, rest = config.split.partition("[")
-    files = [demo.text_path(split)] if config.source == "demo" else _local_files(config.source, split)
+    files, part = files_of(config), config.split[len(_whole(config.split)) :]
     cache = folder if files and folder else Path(datasets.config.HF_DATASETS_CACHE)
     try:
         with disk_full(cache, safe="nothing was changed"):
-            rows, origin = _open_files(files, bracket + rest, cache) if files else _open_hub(config)
+            rows, origin = _open_files(files, part, cache) if files else _open_hub(config)
     except UserError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(_why_not(config, bool(files), error)) from error
+        raise UserError((unreadable if files else _not_from_hub)(config, error)) from error
     if config.shuffle:
         extra = {"buffer_size": _SHUFFLE_BUFFER} if isinstance(rows, datasets.IterableDataset) else {}
         rows = rows.shuffle(seed=config.seed, **extra)
@@ -48,23 +47,36 @@ def open_source(config: DataConfig, folder: Path | None) -> tuple[Any, list]:
     return rows, origin
 
 
-def check_source(config: DataConfig) -> None:
-    """Raise a UserError for local files that are not there, or of which none belongs to the split; reads none."""
-    if config.source != "demo":
-        _local_files(config.source, config.split.partition("[")[0])
+def files_of(config: DataConfig) -> list[Path]:
+    """The local files of `config.source` that belong to its split, all of one kind; none where it is a Hub dataset.
+
+    Raises:
+        UserError: for a path that does not exist, files of several or unknown kinds, a split without a file, and where
+            all files are empty.
+    """
+    split = _whole(config.split)
+    files = [demo.text_path(split)] if config.source == "demo" else _local_files(config.source, split)
+    if files and not any(file.stat().st_size for file in files):
+        raise UserError(f"data.source: {', '.join(map(str, files))} is empty; choose other data")
+    return files
+
+
+def _whole(split: str) -> str:
+    """A split without its slice."""
+    return split.partition("[")[0]
 
 
 def _local_files(source: str, split: str) -> list[Path]:
-    """Files of one kind that a local `source` has for `split`; none when `source` names a Hub dataset."""
+    """As `files_of`."""
     path = Path(source).expanduser()
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.suffix in _LOADERS]
+        found = [p for p in sorted(path.rglob("*")) if p.suffix in _LOADERS and p.is_file()]
     elif any(c in source for c in "*?["):
         pattern = str(path.relative_to(path.anchor))
         found = sorted(p for p in Path(path.anchor or ".").glob(pattern) if p.is_file())
-    elif path.suffix in _LOADERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    elif path.suffix in _LOADERS or source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
         raise UserError(f"data.source={source!r} does not exist (looked in {Path.cwd()})")
     else:
         return []
@@ -93,8 +105,6 @@ def _of_split(files: list[Path], split: str, source: str) -> list[Path]:
 def _open_files(files: list[Path], part: str, folder: Path) -> tuple[Any, list]:
     import datasets
 
-    if not any(file.stat().st_size for file in files):
-        raise UserError(f"data.source: {', '.join(map(str, files))} is empty; choose other data")
     options = {"sample_by": "document"} if files[0].suffix == ".txt" else {}
     rows = datasets.load_dataset(
         _LOADERS[files[0].suffix],
@@ -116,15 +126,21 @@ def _open_hub(config: DataConfig) -> tuple[Any, list]:
     return rows, sorted(rows.info.download_checksums or {})  # its keys are URLs that hold the commit
 
 
-def _why_not(config: DataConfig, local: bool, error: Exception) -> str:
+def unreadable(config: DataConfig, error: Exception) -> str:
+    """What to say of local files that raise this error."""
+    return f"cannot read data.source={config.source!r}: {_cause(error)}; check that the files are what their names say"
+
+
+def _cause(error: Exception) -> str:
+    return (f"{error.__cause__ or error}".splitlines() or [type(error).__name__])[0]
+
+
+def _not_from_hub(config: DataConfig, error: Exception) -> str:
     where = f"data.source={config.source!r}"
-    cause = (f"{error.__cause__ or error}".splitlines() or [type(error).__name__])[0]
-    if local:
-        return f"cannot read {where}: {cause}; check that the files are what their names say"
     if "split" in str(error).lower():
         return f"data.split={config.split!r} of {where}: {error}"
     return (
-        f"cannot load {where} from the Hub: {cause}. It is no local path either. Check the name (and "
+        f"cannot load {where} from the Hub: {_cause(error)}. It is no local path either. Check the name (and "
         "data.name), the network, and HF_HUB_OFFLINE, which allows only what is already in the cache; or "
         "download the files and set data.source=path/to/*.parquet, or use data.source=demo"
     )
