@@ -29,8 +29,9 @@ from linearize.mixers.parts.base import Part
 from linearize.mixers.parts.conv import ConvConfig
 from linearize.mixers.parts.output import OutputConfig
 from linearize.model_names import ALIASES
-from linearize.recipe import ExportConfig, KeptConfig, ModelConfig, Recipe
+from linearize.recipe import Recipe
 from linearize.recipe_files import available
+from linearize.recipe_sections import ExportConfig, KeptConfig, ModelConfig
 from linearize.registry import find, keys
 from linearize.schema import parse_count
 from linearize.select.base import Selector, SelectorConfig
