@@ -34,6 +34,8 @@ def probes(text: str) -> list[str | dict[str, Any]]:
     """
     import yaml
 
+    from linearize import plain_yaml
+
     found: list[str | dict[str, Any]] = []
     for part in _split(text):
         name, bracket, rest = part.partition("(")
@@ -45,7 +47,7 @@ def probes(text: str) -> list[str | dict[str, Any]]:
         if not rest.endswith(")") or not all(equals for _, equals, _ in settings) or "type" in keys:
             raise argparse.ArgumentTypeError(f"{part!r} is not a probe; write name or name(key=value, key=value)")
         try:
-            found.append({"type": name.strip(), **{key.strip(): yaml.safe_load(value) for key, _, value in settings}})
+            found.append({"type": name.strip(), **{key.strip(): plain_yaml.read(value) for key, _, value in settings}})
         except yaml.YAMLError:
             raise argparse.ArgumentTypeError(f"a setting in {part!r} is not YAML, such as 8 or [512, 1k]") from None
     return found

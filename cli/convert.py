@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from linearize.errors import UserError
     from linearize.hub.contents import token_line
     from linearize.hub.push import push, reserve
-    from linearize.pipeline import convert, plan_of
+    from linearize.pipeline import check_sources, convert, plan_of
     from linearize.training.processes import is_main
 
     repo = arguments.push_to_hub if is_main() else None
@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "the recipe has a token of the hub in it, so it cannot be pushed; take it out, and revoke it"
             )
         plan_of(recipe)
+        check_sources(recipe)
         reserve(repo)
     out = convert(recipe, arguments.output, resume=arguments.resume)
     if repo is not None:

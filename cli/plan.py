@@ -1,6 +1,8 @@
 """Print what `convert` would do to each layer, from the model's configuration alone.
 
-No weights are loaded, and every error that the recipe can cause on this model shows here already.
+No weights are loaded, and every error that the recipe can cause on this model shows here already. So do files of
+training and held-out text that are missing, cannot be read or lack the columns, and unknown tasks; hub datasets are not
+asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def show_plan(recipe: Recipe) -> None:
     """Print the plan of a recipe."""
-    from linearize.pipeline import outline, plan_of
+    from linearize.pipeline import check_sources, outline, plan_of
 
-    print(outline(recipe, plan_of(recipe)))
+    plan = plan_of(recipe)
+    check_sources(recipe)
+    print(outline(recipe, plan))

@@ -29,8 +29,9 @@ from linearize.mixers.parts.base import Part
 from linearize.mixers.parts.conv import ConvConfig
 from linearize.mixers.parts.output import OutputConfig
 from linearize.model_names import ALIASES
-from linearize.recipe import ExportConfig, KeptConfig, ModelConfig, Recipe
+from linearize.recipe import Recipe
 from linearize.recipe_files import available
+from linearize.recipe_sections import ExportConfig, KeptConfig, ModelConfig
 from linearize.registry import find, keys
 from linearize.schema import parse_count
 from linearize.select.base import Selector, SelectorConfig
@@ -46,8 +47,9 @@ HEAD = """\
 
 A recipe is a YAML file that says everything a conversion does. `linearize convert --model NAME --recipe NAME`
 takes a shipped one, `--recipe mine.yaml` your own, and `key=value` arguments change single settings:
-`mixer.window=128`, `stages.0.tokens=2M`, `stages.*.lr=1e-4` (every stage), `layers=LLLS`. Values are YAML. A key
-that does not exist is an error that names the closest one.
+`mixer.window=128`, `stages.0.tokens=2M`, `stages.*.lr=1e-4` (every stage), `layers=LLLS`. A key that does not exist
+is an error that names the closest one. Values, here and in files, are read as YAML 1.2 has them: `1e-4` and `010` are
+numbers (0.0001 and 10), only `true` and `false` are booleans, and `1:30`, `no` and `2024-01-01` are text.
 `extends: demo/lolcats` starts from another recipe and changes what follows.
 The resolved recipe, with every default filled in, is written into the checkpoint as `recipe.yaml`; it
 reproduces the run.

@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import linearize.ops
+from linearize.fake_run import state_bytes
 from linearize.mixers.base import Context, HeadShape, Mixer
 from linearize.mixers.composed import ComposedConfig
 from linearize.mixers.parts.base import Part
 from linearize.ops.recurrence import Recurrence
-from linearize.plan import state_bytes
 from linearize.registry import find, keys
 
 PAGE = Path(__file__).parent / "mixers.md"

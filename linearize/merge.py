@@ -91,23 +91,27 @@ def merge(folders: Sequence[str | Path], out: str | Path, weights: Sequence[floa
 
 
 def mean(key: str, tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
-    """The weighted mean in the tensors' own type; where all are equal, exactly what they are.
+    """The weighted mean in the tensors' own type: b + sum_i s_i (x_i - b), b the one that has the largest share.
+
+    Where all are equal, or one has the whole share, it is exactly that; a share of 0 leaves a tensor out.
 
     Args:
         key: the tensors' name, for errors.
         tensors: of one shape and type.
         shares: one for each, that sum to 1.
     """
-    first = tensors[0]
-    if not first.is_floating_point():
-        if any(not torch.equal(first, other) for other in tensors[1:]):
-            raise UserError(f"tensor {key} holds whole numbers ({first.dtype}) that differ, which have no mean")
-        return first
-    wide = torch.promote_types(first.dtype, torch.float32)
-    moved = torch.zeros_like(first, dtype=wide)
-    for share, other in zip(shares[1:], tensors[1:], strict=True):
-        moved += share * (other.to(wide) - first.to(wide))
-    return torch.where(moved == 0, first, (first.to(wide) + moved).to(first.dtype))
+    counted = [pair for pair in zip(shares, tensors, strict=True) if pair[0]]
+    base = max(counted, key=lambda pair: pair[0])[1]
+    if not base.is_floating_point():
+        if any(not torch.equal(base, other) for _, other in counted):
+            raise UserError(f"tensor {key} holds whole numbers ({base.dtype}) that differ, which have no mean")
+        return base
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    moved = torch.zeros_like(wide)
+    for share, other in counted:
+        other = other.to(wide.dtype)
+        moved += torch.where(other == wide, 0.0, share * (other - wide))  # infinities that are equal do not move
+    return torch.where(moved == 0, base, (wide + moved).to(base.dtype))
 
 
 def _shares(paths: Sequence[Path], weights: Sequence[float] | None) -> list[float]:

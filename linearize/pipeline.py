@@ -34,7 +34,17 @@ from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
 from linearize.report.conversions import facts_of
-from linearize.resume import adopt, alone, claim, is_exported, point_names, stage_folder
+from linearize.resume import (
+    adopt,
+    alone,
+    check_calibration,
+    check_rows,
+    claim,
+    is_exported,
+    note_calibration,
+    point_names,
+    stage_folder,
+)
 from linearize.stages.base import Stage
 from linearize.swap import swapped, teacher_path
 from linearize.training.processes import is_main, join, wait_for_all
@@ -96,13 +106,16 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     trained = resume and all(map(Stage.finished, folders))
     if resume and is_main() and not trained:
         for stage, rows, folder in zip(stages, data, folders, strict=True):
-            stage.check_resumed(rows, folder)
+            check_rows(stage, rows, folder)
     if plan.chooser is not None:
         recipe = chosen(recipe, model, tokenizer, out / "run" / "layers.json")
         plan = make_plan(recipe, model.config)
         say(str(plan))
         if is_main():
             (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
+    batches = calibration_batches(recipe, tokenizer) if recipe.init.type == "calibrated" else []
+    if resume and is_main() and batches and not (trained and is_exported(out, recipe)):
+        check_calibration(out, batches, recipe.data.source)
     swap(model, plan, recipe.seed)
     if plan.native is not None:
         native_model(model)  # what its check refuses should not wait until after the training
@@ -110,10 +123,11 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     measured = set(points.taken)
     with teacher_path(model):
         points.take("teacher", model)
-    will_calibrate = recipe.init.type == "calibrated"
-    points.take("untrained", model, between=will_calibrate or bool(stages))
-    if will_calibrate:
-        calibrated(model, plan, recipe, tokenizer)
+    points.take("untrained", model, between=bool(batches or stages))
+    if batches:
+        calibrate(model, batches)
+        if is_main():
+            note_calibration(out, batches)
         points.take("calibrated", model, between=bool(stages))
     labels = point_names([stage.config.type for stage in stages])
     for index, (stage, rows, label) in enumerate(zip(stages, data, labels, strict=True)):
@@ -218,12 +232,11 @@ def swap(model: Any, plan: Plan, seed: int) -> None:
         attn.mixer.initialise(f"{name}.mixer", seed)
 
 
-def calibrated(model: Any, plan: Plan, recipe: Recipe, tokenizer: Any) -> None:
-    """Set gates and output sizes from the teacher, on the first rows of the training data."""
+def calibration_batches(recipe: Recipe, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """The first rows of the training data, on which gates and output sizes are set from the teacher."""
     rows = prepare(recipe.source_data(), tokenizer)
     count = min(max(1, recipe.init.tokens // rows.seq_len), len(rows))
-    batches = [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
-    calibrate(model, batches)
+    return [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
 
 
 def _taught(recipe: Recipe, later: Sequence[Stage]) -> bool:

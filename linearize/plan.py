@@ -7,21 +7,19 @@ model's configuration, not its weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from linearize.errors import UserError
+from linearize.fake_run import on_torch, state_bytes, without_values
 from linearize.families.base import Family
 from linearize.hf.native import native_config, native_of
 from linearize.kept import AS_IN_SOURCE, Kept
-from linearize.mixers.base import Context, HeadShape, Mixer, build_mixer
-from linearize.recipe import Recipe, mixer_config
+from linearize.mixers.base import Mixer, build_mixer
+from linearize.recipe import Recipe
+from linearize.recipe_plugins import mixer_config
 from linearize.registry import family_of, find
 
 
@@ -163,9 +161,9 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         if index not in chosen:
             layers.append(LayerPlan(index, module, None, kv_bytes_per_token=kv, reach=shape.reach))
             continue
-        with FakeTensorMode(), _default_dtype(dtype):
+        with without_values(dtype):
             try:
-                mixer = build_mixer(mixer_class, _on_torch(settings), shape)
+                mixer = build_mixer(mixer_class, on_torch(settings), shape)
                 held = state_bytes(mixer, shape, dtype)
             except ValueError as error:
                 raise UserError(f"mixer {recipe.mixer['type']!r} cannot serve layer {index}: {error}") from error
@@ -246,16 +244,6 @@ def _kept(recipe: Recipe, family: type[Family], model: Any, chosen: set[int]) ->
     return kept
 
 
-def state_bytes(mixer: Mixer, shape: HeadShape, dtype: torch.dtype) -> int:
-    """Bytes of the mixer's decoding state for one sequence, read off a forward pass over two tokens."""
-    q = torch.empty(1, 2, shape.heads, shape.key_dim, dtype=dtype)
-    k = torch.empty(1, 2, shape.kv_heads, shape.key_dim, dtype=dtype)
-    v = torch.empty(1, 2, shape.kv_heads, shape.value_dim, dtype=dtype)
-    x = torch.empty(1, 2, shape.hidden_size, dtype=dtype)
-    _, state = mixer(q, k, v, x, Context(lambda q, k: (q, k)))
-    return sum(t.numel() * t.element_size() for t in tree_leaves(state) if isinstance(t, torch.Tensor))
-
-
 def _check_stages(recipe: Recipe) -> None:
     last = recipe.stages[-1].get("lora") if recipe.stages else None
     if recipe.export.native and last and not last["merge"]:
@@ -269,21 +257,6 @@ def _check_stages(recipe: Recipe) -> None:
             raise UserError(
                 f"stages.{index}.lora.merge is false, but only the last stage can leave its adapter unmerged"
             )
-
-
-def _on_torch(settings: Any) -> Any:
-    """The same settings without kernels: a plan is made on any machine, for any machine."""
-    return dataclasses.replace(settings, backend="torch") if hasattr(settings, "backend") else settings
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _dtype(wanted: str, config: Any) -> torch.dtype:

@@ -11,85 +11,27 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any
 
-import yaml
-from pydantic import (
-    BaseModel,
-    Field,
-    PrivateAttr,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from transformers import AttentionInterface
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
+from linearize import plain_yaml
 from linearize.data import DataConfig
-from linearize.errors import UserError, did_you_mean
+from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
 from linearize.families.base import Family
 from linearize.inits.calibrated import InitConfig
-from linearize.mixers.base import config_from_dict
 from linearize.model_names import resolve_model
 from linearize.recipe_files import available, find_recipe, override, read_recipe
-from linearize.registry import find, find_class
-from linearize.schema import WITHOUT_EFFECT, Count, Seed, Strict, no_truth, user_error
+from linearize.recipe_plugins import mixer_config, resolved, type_of
+from linearize.recipe_sections import ExportConfig, KeptConfig, ModelConfig
+from linearize.registry import find
+from linearize.schema import WITHOUT_EFFECT, Count, Seed, Strict, user_error
 from linearize.select.base import Selector
 from linearize.stages.base import Stage
 
 LOOKED_AT = 2**20
 """Tokens of a stream that are read at least where the source model is looked at on it."""
-
-
-class ModelConfig(Strict):
-    """The source model."""
-
-    name: str = Field(description="Alias, hub name, local folder, or `demo` for the teacher inside the package.")
-    revision: str | None = Field(None, description="Hub revision.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type the weights are loaded and exported in; auto keeps the source's."
-    )
-    attn_implementation: str | None = Field(
-        None,
-        description="Attention kernel of the softmax layers, as transformers names it; null takes one that computes "
-        "what the model asks for.",
-    )
-    trust_remote_code: bool = Field(False, description="Run code that the source repository contains.")
-    device: str = Field("auto", description="auto takes a GPU when there is one.")
-
-    @field_validator("attn_implementation")
-    @classmethod
-    def _is_known(cls, value: str | None) -> str | None:
-        known = ["eager", *AttentionInterface().valid_keys()]
-        if value is not None and value not in known and "/" not in value:  # a/b is a kernel of the hub
-            raise ValueError(f"unknown attention kernel, got {value!r}{did_you_mean(value, known)}")
-        return value
-
-
-class KeptConfig(Strict):
-    """How the layers that keep their softmax attention see positions; by default as in the source."""
-
-    rope: bool = Field(True, description="Whether they rotate queries and keys; false leaves order to the mixers.")
-    log_scale: Annotated[Count, Field(gt=1)] | None = Field(
-        None,
-        description="Tokens L, such as `data.seq_len`, beyond which the logits of token t (from 1) are multiplied by "
-        "log t / log L; null for never.",
-    )
-
-
-class ExportConfig(Strict):
-    """How the result is written."""
-
-    max_shard_size: str = Field(
-        "5GB", pattern=r"^[1-9][0-9]* ?[KMGT]B$", description="Largest safetensors file, such as 500MB or 5GB."
-    )
-    native: bool = Field(
-        False,
-        description="Write the architecture of transformers that the converted model is exactly, which loads without "
-        "remote code; an error where it is none.",
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +88,7 @@ class Recipe(Strict):
     @field_validator("mixer")
     @classmethod
     def _resolve_mixer(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return {"type": _type_of(value, "mixer"), **dataclasses.asdict(mixer_config(value))}
+        return {"type": type_of(value, "mixer"), **dataclasses.asdict(mixer_config(value))}
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -162,16 +104,16 @@ class Recipe(Strict):
     def _resolve_layers(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return _resolved(find("select", _type_of(value, "layers"), Selector).Config, value, "layers")
+        return resolved(find("select", type_of(value, "layers"), Selector).Config, value, "layers")
 
     @field_validator("stages")
     @classmethod
     def _resolve_stages(cls, value: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
-        resolved = []
+        stages = []
         for index, settings in enumerate(value):
             where = f"stages.{index}"
-            resolved.append(_resolved(find("stages", _type_of(settings, where), Stage).Config, settings, where))
-        return _sharing(resolved, info.data.get("tokens"))
+            stages.append(resolved(find("stages", type_of(settings, where), Stage).Config, settings, where))
+        return _sharing(stages, info.data.get("tokens"))
 
     @model_validator(mode="after")
     def _stages_find_their_data(self) -> Recipe:
@@ -287,44 +229,7 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The resolved recipe, which reproduces the run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def mixer_config(settings: Mapping[str, Any]) -> Any:
-    """The config of the mixer that `settings`, the recipe's `mixer` section, describe, validated strictly.
-
-    Raises:
-        UserError: for an unknown mixer, part or key, or a value that does not fit.
-    """
-
-    def construct(cls: type, values: dict[str, Any], where: str) -> Any:
-        try:
-            hints = get_type_hints(cls)
-            for key, value in values.items():
-                try:
-                    no_truth(hints[key], value)
-                except ValueError as error:
-                    raise UserError(f"{where}.{key}: {error}") from error
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            raise user_error(error, where, [field.name for field in dataclasses.fields(cls)]) from None
-
-    values = {k: v for k, v in settings.items() if k != "type"}
-    cls: Any = find_class("mixers", settings["type"])
-    try:
-        return config_from_dict(cls.Config, values, find_class, where="mixer", construct=construct)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _resolved(config: type[BaseModel], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a stage or selector, validated, with the defaults of all that are not given."""
-    try:
-        return config.model_validate(settings).model_dump(mode="json")
-    except ValidationError as error:
-        raise user_error(error, where, config.model_fields) from None
+        return plain_yaml.write(self.model_dump(mode="json"))
 
 
 def _sharing(stages: list[dict[str, Any]], budget: int | None) -> list[dict[str, Any]]:
@@ -338,13 +243,6 @@ def _sharing(stages: list[dict[str, Any]], budget: int | None) -> list[dict[str,
         least = math.ceil(sum(said) / min(said))
         raise UserError(f"tokens={budget:,} leaves nothing for the shortest stage; give at least {least:,}")
     return [{**s, "tokens": s["tokens"] * budget // sum(said)} if "tokens" in s else s for s in stages]
-
-
-def _type_of(value: dict[str, Any], where: str) -> str:
-    key = value.get("type")
-    if not isinstance(key, str):
-        raise UserError(f"{where}.type is missing; it names which {where.split('.')[0].removesuffix('s')} to use")
-    return key
 
 
 def _readable(error: ValidationError) -> UserError:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from linearize import plain_yaml
 from linearize.errors import UserError, did_you_mean
 from linearize.model_names import ALIASES
 
@@ -75,22 +76,9 @@ def _merged(base: Any, changes: Any) -> Any:
     return {**base, **{k: _merged(base.get(k), v) for k, v in changes.items()}}
 
 
-class _OnceOnly(yaml.SafeLoader):
-    """Reads plain data, and no mapping that has a key twice, of which yaml would take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
-            if name in seen:
-                raise yaml.YAMLError(f"key {key.value!r} is there twice, in lines {seen[name]} and {line}; remove one")
-            seen[name] = line
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(), _OnceOnly)  # a SafeLoader
+        data = plain_yaml.read(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -110,7 +98,7 @@ def override(data: dict[str, Any], text: str) -> None:
         remedy = f"give a recipe file as --recipe {text}" if text.endswith(YAML) else "for example stages.0.tokens=20M"
         raise UserError(f"override {text!r} is not key=value, {remedy}")
     try:
-        value = yaml.safe_load(given)
+        value = plain_yaml.read(given)
     except yaml.YAMLError as error:
         raise UserError(f"override {text!r}: the value is not valid YAML; quote it: {path}='\"...\"'") from error
     _set(data, path, value)

@@ -1,4 +1,5 @@
-"""Whose an output folder is, and what a resumed conversion may change: `claim`, `alone`, `adopt`.
+"""Whose an output folder is, and what a resumed conversion may change: `claim`, `alone`, `adopt`, and `check_rows` and
+`check_calibration` for the data.
 
 A change may touch no result that is on disk: that of a stage without one, and of keys which the schema marks by
 `WITHOUT_EFFECT`. A stage whose settings change is started anew, never continued from checkpoints of the others.
@@ -6,6 +7,7 @@ A change may touch no result that is on disk: that of a stage without one, and o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +18,20 @@ from typing import Any, get_args
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
+from linearize.data import PackedDataset
 from linearize.errors import UserError, disk_full, write_whole
 from linearize.hf.folder import check_folder, check_weights, read_mapping, weight_files
+from linearize.inits.calibrated import Inputs
 from linearize.recipe import Recipe
 from linearize.registry import find
 from linearize.schema import differences, without_effect
-from linearize.stages.base import Stage
+from linearize.stages.base import RESULT, Stage, facts_of
+from linearize.training.checkpoint import newest_checkpoint, read_state
 
 LOCK = ".lock"
 """File in `run` that the process which converts into the folder holds locked."""
+CALIBRATION = "calibration.json"
+"""File in `run` that tells the rows that mixers were calibrated on from others."""
 
 
 def stage_folder(out: Path, index: int, kind: str) -> Path:
@@ -54,6 +61,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     try:
         with disk_full(out):
             mark.parent.mkdir(parents=True, exist_ok=True)
+            (mark.parent / CALIBRATION).unlink(missing_ok=True)
             write_whole(mark, recipe.to_yaml())
     except OSError as error:
         raise UserError(f"cannot write to output folder {out}: {error.strerror}; choose another with -o") from error
@@ -76,6 +84,51 @@ def adopt(out: Path, recipe: Recipe, say: Callable[[str], Any]) -> None:
     _rename_points(out / "run" / "measurements.json", dict(zip(point_names(then), point_names(now), strict=False)))
     if changes:
         write_whole(_mark(out), recipe.to_yaml())
+
+
+def check_rows(stage: Stage, data: PackedDataset | None, folder: Path) -> None:
+    """Raise a UserError if what a stage left in its `folder` was trained on other rows than those of `data`."""
+    finished = Stage.finished(folder)
+    file = folder / RESULT if finished else newest_checkpoint(folder)
+    if data is None or file is None:
+        return
+    told, now = read_state(file), facts_of(data)
+    if finished and told.get("max_tokens") != now["max_tokens"]:
+        return  # of a stream as much is read as the stages need, and later ones may have changed
+    if told.get("data", now["data"]) != now["data"]:
+        source = data.info["config"]["source"]
+        raise _changed_data(f"stage {stage.config.type}: the training data", source, f"{file} was written")
+
+
+def check_calibration(out: Path, batches: Sequence[Inputs], source: str) -> None:
+    """Raise a UserError if the conversion in `out` was calibrated on other rows than these, read from `source`.
+
+    A resumed conversion calibrates again: what stages do not train comes from there.
+    """
+    place = out / "run" / CALIBRATION
+    if place.exists() and json.loads(place.read_text())["rows"] != _digest(batches):
+        raise _changed_data("the data of the calibration (init)", source, "the conversion began")
+
+
+def note_calibration(out: Path, batches: Sequence[Inputs]) -> None:
+    """Write down for `check_calibration` what the conversion in `out` was calibrated on first."""
+    if not (place := out / "run" / CALIBRATION).exists():
+        write_whole(place, json.dumps({"rows": _digest(batches)}) + "\n")
+
+
+def _digest(batches: Sequence[Inputs]) -> str:
+    content = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            content.update(f"{name}{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return content.hexdigest()
+
+
+def _changed_data(what: str, source: str, since: str) -> UserError:
+    return UserError(
+        f"{what} changed since {since}: data.source={source!r} gives other rows now; put it back as it was, or convert "
+        "into another folder"
+    )
 
 
 def is_exported(out: Path, recipe: Recipe) -> bool:
@@ -187,8 +240,8 @@ def _same_place(then: Any, now: Any) -> bool:
 
 def _is_unbegun(out: Path) -> bool:
     """Whether `out` holds nothing but what a conversion leaves that stopped before it trained or measured."""
-    own = {out / "run", *(out / "run" / name for name in (LOCK, "plan.json", ".recipe.yaml.partial", "recipe.yaml"))}
-    return set(out.rglob("*")) <= own
+    names = (LOCK, "plan.json", ".recipe.yaml.partial", "recipe.yaml", CALIBRATION)
+    return set(out.rglob("*")) <= {out / "run", *(out / "run" / name for name in names)}
 
 
 @contextmanager

@@ -20,12 +20,13 @@ import test_families
 import torch
 import yaml
 from ops.op_cases import CASES
+from trainable import metrics
 
 from linearize.cli.main import Parser
 from linearize.errors import UserError
 from linearize.mixers.base import HeadShape, Mixer, config_from_dict
 from linearize.mixers.parts.base import Calibration, Part
-from linearize.pipeline import plan_of, swap
+from linearize.pipeline import convert, plan_of, swap
 from linearize.plan import make_plan
 from linearize.recipe import Recipe
 from linearize.recipe_files import available
@@ -33,6 +34,7 @@ from linearize.registry import find, keys
 from linearize.testing import check_mixer
 
 ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "docs" / "quickstart.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -165,12 +167,14 @@ def test_lines_are_short(page: str) -> None:
 @pytest.fixture
 def decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The mixer of docs/adding_a_mixer.md as the module `my_mixers`, in a current folder that also holds its part as
-    `my_parts` and the recipe of docs/mixers.md.
+    `my_parts`, the recipe of docs/mixers.md, and the pairs of docs/quickstart.md with their recipe.
     """
     mixer, _, part, _ = blocks(ROOT / "docs" / "adding_a_mixer.md", "python")
     (tmp_path / "my_mixers.py").write_text(mixer)
     (tmp_path / "my_parts.py").write_text(part)
     (tmp_path / "mine.yaml").write_text(blocks(ROOT / "docs" / "mixers.md", "yaml")[0])
+    (tmp_path / "preferences.yaml").write_text(blocks(QUICKSTART, "yaml")[1])
+    (tmp_path / "pairs.jsonl").write_text(blocks(QUICKSTART, "json")[0])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("my_mixers", "my_parts"):
@@ -226,6 +230,17 @@ def test_the_example_mixer_converts_and_generates(decay: Any, pico_model: Any) -
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
     with pytest.raises(UserError, match=r"unknown key 'mixer.frst_decay'; did you mean 'first_decay'"):
         Recipe.load("lolcats", "demo", ['mixer={type: "my_mixers:Decay", frst_decay: 1}'])
+
+
+def test_the_example_of_preferences_trains(decay: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "home"))
+    changes = ["data.seq_len=64", "data.max_tokens=2k", "init.tokens=64", "evaluation=null", "model.device=cpu"]
+    steps = ["stages.0.tokens=128", "stages.1.tokens=256", "stages.2.tokens=6k"]
+    recipe = Recipe.load("preferences.yaml", overrides=[*changes, *steps])
+    lines = metrics(convert(recipe, tmp_path / "out", say=lambda text: None) / "run" / "2-dpo")
+    assert [stage["type"] for stage in Recipe.load("preferences.yaml").stages][-1] == "dpo" and len(lines) == 6
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[-1]["accuracy"] == 1 and lines[-1]["margin"] > 0 and lines[-1]["loss"] < lines[0]["loss"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])

@@ -71,8 +71,25 @@ def test_equal_inputs_stay_to_the_bit(make: Callable[..., Path], tmp_path: Path,
     out = merge([a, *copies], tmp_path / "out")
     for file in a.glob("*.safetensors"):
         assert (out / file.name).read_bytes() == file.read_bytes()
-    zero = torch.tensor([-0.0, 0.0, float("inf")])
-    assert torch.equal(mean("x", [zero[:2], zero[:2]], [0.3, 0.7]).signbit(), zero[:2].signbit())
+    special = torch.tensor([-0.0, 0.0, float("inf"), float("-inf")], dtype=dtype)
+    found = mean("x", [special, special.clone()], [0.3, 0.7])
+    assert torch.equal(found, special) and torch.equal(found.signbit(), special.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_whole_share_is_that_checkpoint_to_the_bit(
+    make: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    a, b = make("a", 0, dtype), make("b", 1, dtype)
+    out = merge([a, b], tmp_path / "out", [0, 1])
+    for file in b.glob("*.safetensors"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    noise = torch.Generator().manual_seed(0)
+    x, y, z = (torch.randn(1000, generator=noise).to(dtype) * 10**n for n in (0, 4, -4))
+    assert torch.equal(mean("x", [x, y, z], [0, 0, 1]), z) and torch.equal(mean("x", [x, y, z], [1, 0, 0]), x)
+    assert torch.equal(mean("x", [x * float("nan"), y, z], [0, 0.5, 0.5]), mean("x", [y, z], [0.5, 0.5]))
+    count = torch.tensor([3])
+    assert torch.equal(mean("n", [count, count + 1], [0.0, 1.0]), count + 1)
 
 
 def test_files_and_notes(make: Callable[..., Path], tmp_path: Path) -> None:

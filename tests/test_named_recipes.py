@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from trainable import write_pairs
 
 import linearize
 from linearize.pipeline import convert
@@ -28,14 +29,17 @@ def distinct() -> list[str]:
     return list(found.values())
 
 
-def short(name: str) -> Recipe:
-    """The recipe on the demo's text, two steps of one sequence a stage."""
+def short(name: str, folder: Path) -> Recipe:
+    """The recipe on the demo's text, or on pairs in `folder`, two steps of one sequence or pair a stage."""
     data: dict[str, Any] = read_recipe(available()[name])
     stages = [{**stage, "tokens": 2 * TOKENS, "batch_size": 1, "micro_batch_size": None} for stage in data["stages"]]
     for stage in stages:
         if "seq_len" in stage:
             longer = 2 if stage["type"] == "long_context" else 1
             stage |= {"seq_len": longer * TOKENS, "tokens": 2 * longer * TOKENS}
+        if stage["type"] == "dpo":
+            pairs = {"source": str(write_pairs(folder / "pairs.jsonl")), "split": "train"}
+            stage |= {"data": {**stage["data"], **pairs}, "tokens": 4 * TOKENS}
     text = {"source": "demo", "seq_len": TOKENS, "max_tokens": "20k"}
     layers = "LLS" if data["layers"] == "LLLS" else data["layers"]
     if isinstance(layers, dict):
@@ -48,13 +52,28 @@ def short(name: str) -> Recipe:
 
 
 def test_there_are_several() -> None:
-    assert {"default/lolcats", "default/mohawk", "default/radlads", "default/halo"} <= set(distinct())
+    assert {
+        "default/lolcats",
+        "default/mohawk",
+        "default/radlads",
+        "default/halo",
+        "default/mamba_in_llama_dpo",
+    } <= set(distinct())
+
+
+def test_preferences_follow_the_stages_of_mamba_in_llama() -> None:
+    plain, whole = (Recipe.load(f"default/mamba_in_llama{end}", "owner/name") for end in ("", "_dpo"))
+    assert whole.stages[:2] == plain.stages and [stage["type"] for stage in whole.stages[2:]] == ["dpo"]
+    data = whole.stage_data(whole.stages[2])
+    assert data.source == "HuggingFaceH4/ultrafeedback_binarized" and data.name is None and not data.streaming
+    steps = 125_000_000 / (2 * 1024 * 32)
+    assert 61_000 < 32 * steps < 61_135, "an epoch"
 
 
 @pytest.mark.parametrize("name", distinct())
 def test_a_named_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linearize.data.dataset.HF_HOME", str(tmp_path / "home"))
-    recipe = short(name)
+    recipe = short(name, tmp_path)
     out = convert(recipe, tmp_path / "out", say=lambda text: None)
     for index, stage in enumerate(recipe.stages):
         lines = (out / "run" / f"{index}-{stage['type']}" / "metrics.jsonl").read_text().splitlines()

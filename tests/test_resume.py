@@ -117,6 +117,43 @@ def test_changed_training_data_are_refused(source: Path, after: int) -> None:
     convert(recipe, out, resume=True, say=lambda text: None)  # nothing is left to train
 
 
+@pytest.mark.parametrize("after", [0, 2], ids=["not begun", "begun"])
+def test_changed_data_of_a_calibration_are_refused(source: Path, after: int) -> None:
+    write_documents(source / "other.jsonl", seed=1)
+    tune = {**SECOND, "checkpoint_every": 1, "train": ["o"], "lora": None}  # what was calibrated stays in the result
+    stages = [{**tune, "data": {"source": str(source / "other.jsonl")}}]
+    recipe = make_recipe(source, mixer="gdn", init={"type": "calibrated", "tokens": 64}, stages=stages)
+    out, file = stopped(recipe, source / "out", after), source / "train.jsonl"
+    whole = file.read_text()
+    changed = "".join(reversed(whole.splitlines(keepends=True)))
+    file.write_text(changed)
+    with pytest.raises(UserError, match="data of the calibration .init. changed since .*train.jsonl.*put it back as"):
+        convert(recipe, out, resume=True, say=lambda text: None)
+    file.write_text(whole)
+    convert(recipe, out, resume=True, say=lambda text: None)
+    assert same_weights(out, convert(recipe, source / "whole", say=lambda text: None))
+    file.write_text(changed)
+    convert(recipe, out, resume=True, say=lambda text: None)  # nothing is left to do
+    (out / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="data of the calibration"):
+        convert(recipe, out, resume=True, say=lambda text: None)
+    assert not same_weights(source / "whole", convert(recipe, source / "changed", say=lambda text: None))
+
+
+def test_a_calibration_that_nothing_followed_is_made_anew(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(source, mixer="gdn", init={"type": "calibrated", "tokens": 64}, stages=[])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("linearize.pipeline.export", interrupted)
+        convert(recipe, source / "out", say=lambda text: None)
+    write_documents(source / "train.jsonl", seed=1)
+    convert(recipe, source / "out", resume=True, say=lambda text: None)
+    assert same_weights(source / "out", convert(recipe, source / "whole", say=lambda text: None))
+
+
+def interrupted(*args: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_digest_of_prepared_data_is_of_their_rows(pico_tokenizer: Any, tmp_path: Path) -> None:
     from linearize.data import DataConfig, prepare
 

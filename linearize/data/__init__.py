@@ -1,9 +1,10 @@
 """Training data: documents of any source, tokenised once into packed rows on disk, and batches by step number."""
 
+from linearize.data.check import check_source
 from linearize.data.config import DataConfig
-from linearize.data.dataset import PackedDataset, Rows, batches, prepare, read_tokens, tokens_of, visited
+from linearize.data.dataset import prepare, read_tokens, tokens_of
+from linearize.data.packed import PackedDataset, Rows, batches, visited
 from linearize.data.packing import pack, pad_each
-from linearize.data.sources import check_source
 
 __all__ = [
     "DataConfig",

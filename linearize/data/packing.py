@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from linearize.data.sources import Document
+from linearize.data.encoding import Document
 from linearize.evals.recall import recall_document
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray, int]

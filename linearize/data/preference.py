@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from linearize.data.config import DataConfig
+from linearize.data.encoding import as_turn, render, token_ids
 from linearize.data.packing import Row
-from linearize.data.sources import as_turn, render, token_ids
 from linearize.errors import UserError
 from linearize.evals.recall import alike, leading_bos
 
@@ -33,6 +33,15 @@ _LOG = logging.getLogger(__name__)
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Tokens = tuple[list[int], list[int], list[int]]
 """Token ids of the prompt, of the chosen reply, and of the rejected one."""
+
+
+def check_pairs(row: Mapping[str, Any], config: DataConfig) -> None:
+    """Raise a UserError for a row without the columns of pairs."""
+    if not {"chosen", "rejected"} <= set(row):
+        raise UserError(
+            f"data.source={config.source!r} has no pairs: data.format=preference needs columns chosen and rejected, "
+            f"and it has {', '.join(row) or 'no rows'}; choose other data or another data.format"
+        )
 
 
 def pair_rows(
@@ -50,12 +59,7 @@ def pair_rows(
     Raises:
         UserError: for rows without the columns, a tokenizer that does not fit, or no pair that can be used.
     """
-    first = next(iter(rows.take(1)), None)
-    if first is None or not {"chosen", "rejected"} <= set(first):
-        raise UserError(
-            f"data.source={config.source!r} has no pairs: data.format=preference needs columns chosen and rejected, "
-            f"and it has {', '.join(first or ()) or 'no rows'}; choose other data or another data.format"
-        )
+    check_pairs(next(iter(rows.take(1)), {}), config)
     if config.eos_between_documents and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token; set data.eos_between_documents=false")
     bos = leading_bos(tokenizer)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from linearize import plain_yaml
 from linearize.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -77,7 +78,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         UserError: for a file that is empty, damaged or no mapping.
     """
     try:
-        found = yaml.safe_load(read_text(path))
+        found = plain_yaml.read(read_text(path))
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from linearize import plain_yaml
+
 HOMES = (r"/(?:home|Users)/[^/\s\"'`<>|]+", r"[A-Za-z]:\\{1,2}Users\\{1,2}[^\\\s\"'`<>|]+")
 """Patterns of home folders, this one's beside them."""
 LOCAL = re.compile(r"/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\")
@@ -57,7 +59,7 @@ class Hider:
 
     def yaml(self, text: str) -> str:
         """A YAML document; its comments stay where its paths are written plainly."""
-        return self._structured(text, yaml.safe_load, lambda data: yaml.safe_dump(data, sort_keys=False))
+        return self._structured(text, plain_yaml.read, plain_yaml.write)
 
     def json(self, text: str) -> str:
         """A JSON document."""

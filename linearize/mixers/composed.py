@@ -31,7 +31,7 @@ from linearize.mixers.parts.output import Output, OutputConfig
 from linearize.mixers.parts.updates.additive import AdditiveConfig
 from linearize.mixers.parts.updates.base import Update, unit
 from linearize.mixers.parts.window import LocalWindow
-from linearize.ops.layout import expand_heads, working_dtype
+from linearize.ops.layout import expand_heads, rms_normed
 from linearize.ops.linear import normalized
 from linearize.ops.window import leaving
 
@@ -207,7 +207,7 @@ class Composed(Mixer):
         if self.conv is not None:
             q, k, v, after["conv"] = self.conv(q, k, v, ctx, past.get("conv"), self.bare)
         if self.config.qk_norm == "rms":
-            q, k = _rms(q, self.q_norm), _rms(k, self.k_norm)
+            q, k = (rms_normed(t, norm, 1e-6).to(t.dtype) for t, norm in ((q, self.q_norm), (k, self.k_norm)))
         gate = self.decay(x, k)
         q_turned, k_turned = (q, k) if self.config.rope == "none" else ctx.rotary(q, k)
         bare_q, bare_k = (q_turned, k_turned) if self.config.rope in ("both", "recurrent") else (q, k)
@@ -295,8 +295,3 @@ class Composed(Mixer):
 def _project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [B, T, C], weight [H, D, C] -> [B, T, H, D]."""
     return torch.einsum("btc,hdc->bthd", x, weight.to(x.dtype))
-
-
-def _rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    wide = x.to(working_dtype(x))
-    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight).to(x.dtype)

@@ -26,6 +26,12 @@ def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def rms_normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x `[..., D]` over its root mean square, times weight `[D]` or `[H, D]`, in the working precision."""
+    wide = x.to(working_dtype(x))
+    return wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
 def zero_padding(x: torch.Tensor, mask: torch.Tensor | None, value: float = 0.0) -> torch.Tensor:
     """x `[B, T, ...]`, `value` (even where it was not finite) at the tokens where mask `[B, T]` is False."""
     if mask is None:

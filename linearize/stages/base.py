@@ -7,8 +7,8 @@ stage that does not train derives from `Edit` and says what it changes in `edit`
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +20,9 @@ from linearize.data import DataConfig, PackedDataset, Rows
 from linearize.errors import UserError, disk_full
 from linearize.families.base import Family
 from linearize.swap import source_weights
-from linearize.training.checkpoint import newest_checkpoint, read_state, read_tensors, remove_checkpoints, write_tensors
+from linearize.training.checkpoint import read_tensors, remove_checkpoints, write_tensors
 from linearize.training.loop import Batch, Metrics, train
-from linearize.training.names import GROUPS, own_name, spelled_out
+from linearize.training.names import check_patterns, last_match, spelled_out, starts
 from linearize.training.precision import float32_weights, precision
 from linearize.training.processes import is_main
 
@@ -65,26 +65,13 @@ class Stage:
         return self.needs_teacher
 
     def check(self, model: Any) -> None:
-        """Raise the errors that `prepare` would, and change nothing; `model` may lie on the meta device."""
+        """Raise the errors that a run would begin with, and change nothing; `model` may lie on the meta device."""
+        if self.trains:
+            check_patterns(self.config, self.names(model))
 
-    def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise a UserError for a pattern of `lrs` or `unfreeze` that matches none of the trained parameters' names,
-        and where nothing trains from the start.
-        """
-        names = [own_name(name) for name in names]
-        for key in ("lrs", "unfreeze"):
-            for pattern in getattr(self.config, key):
-                if not fnmatch.filter(names, pattern):
-                    raise UserError(
-                        f"stage {self.config.type}: {key} pattern {pattern!r} matches nothing that trains; what trains "
-                        f"looks like {', '.join(names[:3])}; groups are {GROUPS}"
-                    )
-        first = min((self.starts(name) for name in names), default=0.0)
-        if first > 0:
-            raise UserError(
-                f"stage {self.config.type}: unfreeze lets nothing train before {first:g} of the steps; leave a pattern "
-                f"out, or train what is to wait in a later stage; what trains looks like {', '.join(names[:3])}"
-            )
+    def names(self, model: Any) -> list[str]:
+        """Full names of what trains; by default `prepare` is tried on a copy of the model."""
+        return list(self.prepare(copy.deepcopy(model)))
 
     def check_data(self, own: DataConfig, recipe: DataConfig) -> None:
         """Raise errors that the data cause: the stage's `own`, and the recipe's, from which they may differ."""
@@ -98,7 +85,9 @@ class Stage:
             )
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
-        """Ready the model for this stage (hooks, adapters) and return the parameters to train, by full name."""
+        """Ready the model for this stage (hooks, adapters) and return the parameters to train, by full name; `names`
+        calls it on a model that may lie on the meta device.
+        """
         raise NotImplementedError
 
     def rows(self, model: Any, data: PackedDataset, folder: Path, resume: bool) -> Rows:
@@ -145,11 +134,11 @@ class Stage:
 
     def lr_scale(self, name: str) -> float:
         """Factor on the learning rate for the parameter `name`: the last pattern of `lrs` that matches it decides."""
-        return _last_match(self.config.lrs, name, self.config.lr) / self.config.lr
+        return last_match(self.config.lrs, name, self.config.lr) / self.config.lr
 
     def starts(self, name: str) -> float:
         """Share of the steps after which the parameter `name` begins to train, by `unfreeze`."""
-        return _last_match(self.config.unfreeze, name, 0.0)
+        return starts(self.config, name)
 
     def at(self, model: Any, parameters: dict[str, nn.Parameter], done: float) -> None:
         """Ready the next step, when the share `done` of all steps was taken: freeze what is not to train yet."""
@@ -167,6 +156,7 @@ class Stage:
         for p in model.parameters():
             p.requires_grad_(False)
         parameters = self.prepare(model)
+        check_patterns(self.config, parameters)
         self.remember(model, parameters)
         dtypes = {name: p.dtype for name, p in parameters.items()}
         for p in parameters.values():
@@ -184,21 +174,6 @@ class Stage:
     def finished(folder: Path) -> bool:
         """Whether a stage's folder has its result."""
         return (folder / RESULT).exists()
-
-    def check_resumed(self, data: PackedDataset | None, folder: Path) -> None:
-        """Raise a UserError if what lies in `folder` was trained on other rows than those of `data`."""
-        file = folder / RESULT if self.finished(folder) else newest_checkpoint(folder)
-        if data is None or file is None:
-            return
-        told, now = read_state(file), _facts(data)
-        if self.finished(folder) and told.get("max_tokens") != now["max_tokens"]:
-            return  # of a stream as much is read as the stages need, and later ones may have changed
-        if told.get("data", now["data"]) != now["data"]:
-            raise UserError(
-                f"stage {self.config.type}: the training data changed since {file} was written: data.source="
-                f"{data.info['config']['source']!r} gives other rows now; put it back as it was, or convert into "
-                "another folder"
-            )
 
     def run(
         self, model: Any, data: PackedDataset | None, folder: Path, resume: bool = False, keep_source: bool = False
@@ -225,7 +200,7 @@ class Stage:
             return state["seconds"]
         seconds, changed = self.work(model, data, folder, resume)
         if is_main():
-            write_tensors(result, changed, {**_facts(data), "type": self.config.type, "seconds": seconds})
+            write_tensors(result, changed, {**facts_of(data), "type": self.config.type, "seconds": seconds})
             self.tidy(folder)
         return seconds
 
@@ -258,7 +233,7 @@ class Stage:
                 lr_scale=self.lr_scale,
                 at=lambda done: self.at(model, parameters, done),
                 resume=resume,
-                facts=_facts(data),
+                facts=facts_of(data),
             )
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
@@ -269,7 +244,7 @@ class Stage:
         return seconds, parameters
 
 
-def _facts(data: PackedDataset | None) -> dict[str, Any]:
+def facts_of(data: PackedDataset | None) -> dict[str, Any]:
     """What tells the rows that were trained on from others."""
     return {} if data is None else {"data": data.content, "max_tokens": data.info["config"]["max_tokens"]}
 
@@ -291,30 +266,5 @@ class Edit(Stage):
             return 0.0, self.edit(model)
 
 
-def _last_match(values: Mapping[str, float], name: str, otherwise: float) -> float:
-    """The value of the last pattern that matches the parameter `name`, as the model without adapters calls it."""
-    found = [value for pattern, value in values.items() if fnmatch.fnmatchcase(own_name(name), pattern)]
-    return found[-1] if found else otherwise
-
-
 def _is_of_source(name: str) -> bool:
     return ".mixer." not in name and ".lora_" not in name
-
-
-def select(model: nn.Module, patterns: list[str], stage: str) -> dict[str, nn.Parameter]:
-    """The parameters whose full name matches one of the shell-style `patterns`.
-
-    Raises:
-        UserError: when a pattern matches nothing.
-    """
-    named = dict(model.named_parameters())
-    chosen: dict[str, nn.Parameter] = {}
-    for pattern in patterns:
-        hits = fnmatch.filter(named, pattern)
-        if not hits:
-            raise UserError(
-                f"stage {stage}: train pattern {pattern!r} matches no parameter; names look like "
-                f"{', '.join(list(named)[1:4])}; groups are {GROUPS}"
-            )
-        chosen.update({name: named[name] for name in hits})
-    return chosen

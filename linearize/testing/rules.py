@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from linearize.fake_run import state_bytes
 from linearize.mixers.base import Mixer, branch_off
-from linearize.plan import state_bytes
 from linearize.testing.calls import HEADS, KV_HEADS, Tensors, expand_rows, inputs, nbytes, run, run_pieces
 
 LENGTH = 80

@@ -48,7 +48,12 @@ class TrainingConfig(StageConfig):
     )
     warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps in which lr rises linearly from 0.")
     min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="Share of lr at which a decay ends, one step after the last."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share r of lr at which a decay ends, one step after the last, as in transformers and torch. Of n "
+        "steps, w of them warm-up, step s (from 0) has lr times r + (1 - r) f; f is (1 + cos(pi d)) / 2 (cosine) or "
+        "1 - d (linear), d is (s - w) / (n - w).",
     )
     plateau_patience: Count = Field(
         50, gt=0, description="Optimiser steps per window whose mean loss the plateau schedule compares."

@@ -1,12 +1,17 @@
-"""Short names of groups of parameters, which mean the same in every architecture.
+"""How a stage names parameters: by shell-style patterns of full names, or by groups that mean the same everywhere.
 
-A stage's `train`, `lrs` and `unfreeze` take these names beside shell-style patterns of full parameter names.
+Its `train`, `lrs` and `unfreeze` take both, in every architecture.
 """
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
+from linearize.errors import UserError
 from linearize.families.base import Family
 
 GROUPS = "all, mixer, attention, projections, q, k, v and o"
@@ -49,3 +54,55 @@ def spelled_out(config: Any, family: type[Family]) -> Any:
         else:
             changed[field] = [pattern for name in value for pattern in known.get(name, [name])]
     return config.model_copy(update=changed)
+
+
+def select(model: nn.Module, patterns: list[str], stage: str) -> dict[str, nn.Parameter]:
+    """The parameters whose full name matches one of the shell-style `patterns`.
+
+    Raises:
+        UserError: when a pattern matches nothing.
+    """
+    named = dict(model.named_parameters())
+    chosen: dict[str, nn.Parameter] = {}
+    for pattern in patterns:
+        hits = fnmatch.filter(named, pattern)
+        if not hits:
+            raise UserError(
+                f"stage {stage}: train pattern {pattern!r} matches no parameter; names look like "
+                f"{', '.join(list(named)[1:4])}; groups are {GROUPS}"
+            )
+        chosen.update({name: named[name] for name in hits})
+    return chosen
+
+
+def last_match(values: Mapping[str, float], name: str, otherwise: float) -> float:
+    """The value of the last pattern that matches the parameter `name`, as the model without adapters calls it."""
+    found = [value for pattern, value in values.items() if fnmatch.fnmatchcase(own_name(name), pattern)]
+    return found[-1] if found else otherwise
+
+
+def starts(config: Any, name: str) -> float:
+    """Share of a stage's steps after which the parameter `name` begins to train, by `unfreeze`."""
+    return last_match(config.unfreeze, name, 0.0)
+
+
+def check_patterns(config: Any, names: Iterable[str]) -> None:
+    """Raise a UserError for a pattern of a stage's settings that matches none of the `names` that train, and where
+    nothing trains from the start.
+    """
+    own = [own_name(name) for name in names]
+    looks = f"what trains looks like {', '.join(own[:3])}"
+    if not own:
+        raise UserError(f"stage {config.type} trains nothing; remove it, or name parameters that it can train")
+    for key in (field for field in FIELDS if hasattr(config, field)):
+        for pattern in getattr(config, key):
+            if not fnmatch.filter(own, pattern):
+                raise UserError(
+                    f"stage {config.type}: {key} pattern {pattern!r} matches nothing that trains; {looks}; groups are "
+                    f"{GROUPS}"
+                )
+    if (first := min(starts(config, name) for name in own)) > 0:
+        raise UserError(
+            f"stage {config.type}: unfreeze lets nothing train before {first:g} of the steps; leave a pattern out, or "
+            f"train what is to wait in a later stage; {looks}"
+        )

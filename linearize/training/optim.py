@@ -17,7 +17,17 @@ def adamw(groups: list[dict], config: TrainingConfig) -> torch.optim.AdamW:
 
 
 def decay(config: TrainingConfig, step: int, steps: int) -> float:
-    """Factor on lr at `step` of `steps` (0-based): warm-up, then the schedule. The plateau factor comes on top."""
+    """Factor on lr at `step` of `steps` (0-based): warm-up, then the schedule. The plateau factor comes on top.
+
+    With w = round(warmup * steps), r = min_lr_ratio and d = (step - w) / (steps - w):
+
+        (step + 1) / (w + 1)              in the warm-up, step < w
+        r + (1 - r) (1 + cos(pi d)) / 2   cosine
+        r + (1 - r) (1 - d)               linear
+
+    d is 1 where training ends, at `step == steps`, so the last step is still just above r. That is how transformers'
+    `get_cosine_with_min_lr_schedule_with_warmup` and torch's `CosineAnnealingLR` count: published settings carry over.
+    """
     warmup = round(config.warmup * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -11,7 +11,8 @@ import pytest
 from linearize.errors import UserError
 from linearize.mixers.composed import Composed
 from linearize.mixers.parts.updates.delta import Delta
-from linearize.recipe import Recipe, mixer_config
+from linearize.recipe import Recipe
+from linearize.recipe_plugins import mixer_config
 
 HEAD = (
     "from dataclasses import dataclass\n"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from trainable import dataset, make_stage, metrics, snapshot
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from linearize.errors import UserError
 from linearize.registry import find, keys
@@ -80,6 +81,36 @@ def test_schedules() -> None:
     assert decay(cosine, 25, steps) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 6)))
     for name in ("constant", "plateau"):
         assert [decay(config(schedule=name, warmup=0.0), step, 3) for step in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+def test_a_cosine_ends_where_those_of_transformers_and_torch_do(warmup: float) -> None:
+    steps, lr, least = 40, 0.5, 0.2
+    first = round(warmup * steps)
+
+    def rates(make: Callable[[Any], Any]) -> list[float]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+        scheduler, found = make(optimizer), []
+        for _ in range(steps - first):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return [*found, optimizer.param_groups[0]["lr"]]
+
+    def transformers(optimizer: Any) -> Any:
+        options = {"num_warmup_steps": first, "num_training_steps": steps, "min_lr_rate": least}
+        made = get_cosine_with_min_lr_schedule_with_warmup(optimizer, **options)
+        for _ in range(first):
+            optimizer.step()
+            made.step()
+        return made
+
+    ours = config(schedule="cosine", warmup=warmup, min_lr_ratio=least)
+    found = [lr * decay(ours, step, steps) for step in range(first, steps + 1)]
+    assert found == pytest.approx(rates(transformers), rel=1e-9)
+    torchs = torch.optim.lr_scheduler.CosineAnnealingLR
+    assert found == pytest.approx(rates(lambda o: torchs(o, steps - first, eta_min=least * lr)), rel=1e-6)
+    assert found[-1] == pytest.approx(least * lr) and found[-2] > found[-1]
 
 
 def test_plateau_multiplies_by_a_tenth_when_a_window_is_no_better_than_the_best() -> None:

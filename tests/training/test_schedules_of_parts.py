@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,53 @@ def test_a_pattern_of_magnitudes_needs_dora(converted: Callable[..., Any], dora:
         return stage.check(converted("lolcats"))
     with pytest.raises(UserError, match="lrs pattern '.*lora_magnitude.' matches nothing that trains"):
         stage.check(converted("lolcats"))
+
+
+COMBINE = ["*.mixer.combine.*"]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "settings"),
+    [
+        ("lolcats", {"train": COMBINE, "window_dropout": [1.0]}),
+        ("lolcats", {"train": COMBINE, "window_dropout": [0.0, 0.5]}),
+        ("lizard", {"train": ["*.mixer.local.*"], "window_dropout": [1.0]}),
+        ("mlstm_swa", {"train": COMBINE, "window_dropout": [0.9, 0.75, 0.5]}),
+        ("still", {"train": COMBINE, "window_dropout": [1.0, 0.0]}),
+        ("linearized_llm", {"train": COMBINE, "window_dropout": [1.0]}),
+        ("lolcats", {"train": ["mixer"], "unfreeze": {"*.map_*": 0.25}, "window_dropout": [0.5, 0.0]}),
+        ("lolcats", {"train": [*COMBINE, "q"], "unfreeze": {"q": 0.75}, "window_dropout": [0.0, 1.0]}),
+    ],
+)
+def test_windows_that_drop_out_with_all_that_trains_are_refused(
+    converted: Callable[..., Any], data: Any, tmp_path: Path, mixer: str, settings: dict[str, Any]
+) -> None:
+    model = converted(mixer)
+    settings = {"steps": 8, **FULL, **settings}
+    message = (
+        r"stage finetune: window_dropout \S+ can switch all windows off, and what trains at \S+ of the steps gets no"
+    )
+    for made in (model, copy.deepcopy(model).to("meta")):
+        with pytest.raises(UserError, match=message):
+            make_stage("finetune", **settings).check(made)
+    with pytest.raises(UserError, match=message):
+        make_stage("finetune", **settings).run(model, data, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "settings"),
+    [
+        ("lolcats", {"train": ["mixer"], "window_dropout": [1.0]}),
+        ("lolcats", {"train": [*COMBINE, "*.mixer.map_k.*"], "window_dropout": [1.0]}),
+        ("lolcats", {"train": [*COMBINE, "o"], "window_dropout": [1.0]}),
+        ("lolcats", {"train": COMBINE, "lora": {"r": 2, "targets": ["k"]}, "window_dropout": [1.0]}),
+        ("lolcats", {"train": COMBINE, "window_dropout": [0.0]}),
+        ("lolcats", {"train": ["mixer"], "unfreeze": {"*.map_*": 0.5}, "window_dropout": [0.0, 0.5]}),
+        ("lizard", {"train": ["*.mixer.*"], "window_dropout": [1.0]}),
+    ],
+)
+def test_what_learns_without_its_windows_is_not_refused(
+    converted: Callable[..., Any], data: Any, tmp_path: Path, mixer: str, settings: dict[str, Any]
+) -> None:
+    make_stage("finetune", **{"steps": 4, **FULL, **settings}).run(converted(mixer), data, tmp_path / "run")
+    assert all(line["grad_norm"] > 0 for line in metrics(tmp_path / "run"))

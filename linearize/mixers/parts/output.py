@@ -18,7 +18,7 @@ from torch import nn
 from linearize.inits.base import Constant, Init, Normal
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import Part
-from linearize.ops.layout import working_dtype
+from linearize.ops.layout import rms_normed, working_dtype
 
 SILU_OF_ONE = 1.278464542761074
 """x with silu(x) = 1."""
@@ -88,7 +88,7 @@ class Output(Part):
         if config.norm != "none":
             if config.norm == "group":
                 y = y - y.mean(-1, keepdim=True)
-            y = y * (y.square().mean(-1, keepdim=True) + config.eps).rsqrt() * self.norm_weight
+            y = rms_normed(y, self.norm_weight, config.eps)
         if config.gate != "none":
             z = x if config.gate_rank is None else F.linear(x, self.gate_down.to(x.dtype))
             z = torch.einsum("btr,hvr->bthv", z, self.gate_up.to(z.dtype)).to(y.dtype)

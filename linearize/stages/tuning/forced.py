@@ -15,11 +15,12 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from linearize.errors import UserError
-from linearize.stages.base import Stage, select
+from linearize.stages.base import Stage
 from linearize.swap import Call, SwappedAttention, source_weights, student_path, swapped
 from linearize.teacher import run_teacher
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics
+from linearize.training.names import select
 
 
 class ForcedConfig(TrainingConfig):
@@ -66,8 +67,8 @@ class Forced(Stage):
         """Summed loss of one layer; `keep` [B, T] marks real tokens, None for all. The rest is as in `target`."""
         raise NotImplementedError
 
-    def check(self, model: Any) -> None:
-        self.check_patterns(self.prepare(model))
+    def names(self, model: Any) -> list[str]:
+        return list(self.prepare(model))  # which changes nothing
 
     def prepare(self, model: Any) -> dict[str, nn.Parameter]:
         stage = self.config.type

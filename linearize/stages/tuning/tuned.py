@@ -18,13 +18,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from linearize.errors import UserError
+from linearize.fake_run import idle_without
 from linearize.mixers.base import branches_of
 from linearize.schema import WITHOUT_EFFECT
-from linearize.stages.base import Stage, select
+from linearize.stages.base import Stage
 from linearize.stages.tuning.lora import LoraSettings, attach, target_modules
 from linearize.swap import swapped, teacher_path
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch
+from linearize.training.names import select
 
 
 class TunedConfig(TrainingConfig):
@@ -77,14 +79,37 @@ class Tuned(Stage):
             )
         if self.config.lora is None and not self.config.train:
             raise UserError(f"stage {kind} trains nothing; set lora: {{r: 8}}, or train: [all] for all parameters")
-        names = list(self.chosen(model))
-        if self.config.lora is not None:
-            targets = target_modules(model, self.config.lora.targets, self.family)
-            parts = ["A", "B", *(["magnitude_vector"] if self.config.lora.dora else [])]
-            names += [f"{target}.lora_{part}.default.weight" for target in targets for part in parts]
-        self.check_patterns(names)
+        super().check(model)
         if self.config.window_dropout and "window" not in branches_of(model):
             raise UserError(f"stage {kind}: window_dropout finds no window; leave it out, or set mixer.window")
+        if self.config.window_dropout:
+            self._check_something_learns(model)
+
+    def names(self, model: Any) -> list[str]:
+        names, lora = list(self.chosen(model)), self.config.lora
+        if lora is not None:
+            targets = target_modules(model, lora.targets, self.family)
+            parts = ["A", "B", *(["magnitude_vector"] if lora.dora else [])]
+            names += [f"{target}.lora_{part}.default.weight" for target in targets for part in parts]
+        return names
+
+    def _check_something_learns(self, model: Any) -> None:
+        """Raise a UserError where a step in which all windows are off would have no gradient."""
+        names, count = self.names(model), len(self.config.window_dropout)
+        moments = {number / count for number in range(count)} | {self.starts(name) for name in names}
+        for done in sorted(moments):
+            training = {name for name in names if self.starts(name) <= done}
+            chance = self._window_chance(done)
+            if chance and all(".mixer." in name for name in training) and training <= _window_parameters(model):
+                raise UserError(
+                    f"stage {self.config.type}: window_dropout {chance:g} can switch all windows off, and what trains "
+                    f"at {done:g} of the steps gets no gradient then ({', '.join(sorted(training)[:3])}); train more, "
+                    "such as train: [mixer], or leave window_dropout out"
+                )
+
+    def _window_chance(self, done: float) -> float:
+        chances = self.config.window_dropout
+        return chances[int(done * len(chances) + 1e-9)]  # a third of three is one, whatever floats say
 
     def chosen(self, model: Any) -> dict[str, nn.Parameter]:
         """The parameters that `train` names, by full name."""
@@ -105,8 +130,8 @@ class Tuned(Stage):
 
     def at(self, model: Any, parameters: dict[str, nn.Parameter], done: float) -> None:
         super().at(model, parameters, done)
-        if chances := self.config.window_dropout:
-            chance = chances[int(done * len(chances))]
+        if self.config.window_dropout:
+            chance = self._window_chance(done)
             for attn in swapped(model).values():
                 attn.mixer.disabled = frozenset({"window"} if torch.rand(()) < chance else ())
 
@@ -162,3 +187,9 @@ class Tuned(Stage):
         if not torch.is_grad_enabled():
             return sum(loss(*piece) for piece in pieces)  # type: ignore[return-value]
         return sum(checkpoint(loss, *piece, use_reentrant=False) for piece in pieces)
+
+
+def _window_parameters(model: nn.Module) -> set[str]:
+    """Full names of the parameters of mixers that only a window reaches."""
+    mixers = {name: attn.mixer for name, attn in swapped(model).items() if "window" in attn.mixer.branches}
+    return {f"{name}.mixer.{key}" for name, mixer in mixers.items() for key in idle_without(mixer, "window")}
