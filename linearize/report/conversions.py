@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from linearize.architecture import architecture
 from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.measure import Measurement
 from linearize.evals.table import NOTHING, case_name, grid, number, percent, union
@@ -188,12 +189,18 @@ def _teachers(found: Sequence[Conversion], lengths: list[int], cases: list[tuple
     return "\n\n" + "\n\n".join(union(lines)) if lines else ""
 
 
+def mixer_name(facts: Mapping[str, Any]) -> str:
+    """What the mixer of a conversion is; older ones tell its key alone."""
+    return facts.get("architecture") or facts["mixer"]
+
+
 def facts_of(plan: Any) -> dict[str, Any]:
     """What a report says of a `linearize.plan.Plan`, as plain data."""
     return {
         "source": "demo" if plan.source == resolve_model("demo") else Path(plan.source).name,
         "family": plan.family,
         "mixer": plan.mixer["type"],
+        "architecture": architecture(plan.mixer),
         "settings": plan.mixer,
         "layers": "".join("S" if layer.mixer is None else "L" for layer in plan.layers),
         "new_parameters": plan.new_parameters,
