@@ -45,7 +45,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
 
     Args:
         recipe: a validated recipe.
-        out: folder for the checkpoint. Default: `<model>-<mixer>` in the current folder.
+        out: folder for the checkpoint. Default: `<model>-<recipe>` in the current folder, or `<model>-<mixer>` for a
+            recipe that does not ship.
         resume: go on with an interrupted conversion in `out`, of the same recipe but for what
             `linearize.resume.claim` lets change.
         say: receives the plan, what is being measured, and the final table, a text each.
@@ -56,7 +57,9 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
     Raises:
         UserError: for everything a recipe, a model or a machine can do wrong; nothing on disk is lost.
     """
-    out = Path(out if out is not None else f"{Path(recipe.model.name).name}-{recipe.mixer['type']}")
+    out = Path(
+        out if out is not None else f"{Path(recipe.model.name).name}-{recipe.origin.stem or recipe.mixer['type']}"
+    )
     plan = plan_of(recipe)
     check_sources(recipe)
     device = default_device(recipe.model.device)

@@ -272,6 +272,16 @@ def test_the_plan_tells_the_tokens_that_are_trained(source: Path) -> None:
     assert points[-1][1]["tokens"] == 256 + 128 and points[-2][1]["tokens"] == 256
 
 
+@pytest.mark.parametrize(("name", "folder"), [("auto", "demo-auto"), ("gdn", "demo-gdn"), ("mine.yaml", "demo-gdn")])
+def test_the_default_folder_is_named_after_the_recipe(
+    name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extends: demo/auto\n")
+    monkeypatch.setattr(pipeline, "_convert", lambda recipe, plan, out, *rest: out)
+    assert convert(Recipe.load(name, "demo"), say=quiet) == Path(folder)
+
+
 def test_the_plan_counts_both_replies_of_a_pair(source: Path) -> None:
     stage = {"type": "dpo", "tokens": 100, "batch_size": 2, "train": ["all"], "data": {"format": "preference"}}
     told = outline(recipe := make_recipe(source, stages=[stage]), plan_of(recipe))

@@ -14,7 +14,7 @@ from linearize.architecture import architecture
 from linearize.evals.measure import Measurement
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
-from linearize.hub.card_data import PLACE, card_data, recipe_name
+from linearize.hub.card_data import PLACE, card_data
 from linearize.hub.card_results import remarks
 from linearize.plan import Plan
 from linearize.recipe import Recipe
@@ -90,7 +90,7 @@ All its settings, as in `recipe.yaml`:
 
 def _method(recipe: Recipe, what_it_is: str) -> str:
     """What the title names: a shipped recipe of another name than its mixer's, and what the mixer is."""
-    named = recipe_name(recipe)
+    named = recipe.origin.stem
     return what_it_is if named in (None, recipe.mixer["type"]) else f"recipe {named} ({what_it_is})"
 
 

@@ -58,17 +58,11 @@ def card_data(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measurement
         datasets=hub_datasets(recipe) or None,
         tags=["linearize", "linear-attention", plan.mixer["type"]],
         eval_results=results or None,
-        model_name=f"{Path(recipe.model.name).name}-{recipe_name(recipe) or plan.mixer['type']}" if results else None,
+        model_name=f"{Path(recipe.model.name).name}-{recipe.origin.stem or plan.mixer['type']}" if results else None,
     )
     if on_hub:
         data["base_model_relation"] = "finetune"
     return data
-
-
-def recipe_name(recipe: Recipe) -> str | None:
-    """`auto` for the shipped recipe default/auto; None for an author's own."""
-    origin = recipe.origin
-    return origin.name.rpartition("/")[2] if origin.shipped and origin.name is not None else None
 
 
 def source_metadata(source: str, revision: str | None = None) -> dict[str, Any]:

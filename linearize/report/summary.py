@@ -25,7 +25,7 @@ def summary_table(models: Sequence[Source]) -> Table:
     diverging = sorted(union(d.length for m in last.values() for d in m.divergence))
     columns = ["", "source", "mixer", "softmax kept", "new parameters", "tokens trained"]
     columns += [f"{what} {n:,}" for n in lengths for what in ("loss", "gap")] + [f"KL {n:,}" for n in diverging]
-    columns += [f"recall {case_name(case)}" for case in cases] + ["cache of 131,072 tokens"]
+    columns += [f"recall {case_name(case)}" for case in cases] + ["cache of 131,072 tokens (of softmax's)"]
     rows: list[Sequence[Cell]] = []
     for model in models:
         facts, m, teacher = model.conversion.facts, last[model.name], model.conversion.points.get("teacher")
@@ -75,7 +75,9 @@ def tiles(model: Source) -> list[tuple[str, str]]:
         what = f"recall of {case_name((score.facts, score.distance))} tokens"
         found.append((percent(score.exact_match), what + (f"; teacher {percent(base)}" if base is not None else "")))
     if (saved := _cache(model)) != NOTHING:
-        found.append((saved.partition(" (")[0], saved.partition(" (")[2].rstrip(")") + f", cache of {LONG:,} tokens"))
+        found.append(
+            (saved.partition(" (")[0], saved.partition(" (")[2].rstrip(")") + f" of softmax, cache of {LONG:,} tokens")
+        )
     return found
 
 
@@ -159,7 +161,7 @@ def _cache(model: Source) -> str:
     if not facts.get("causal", True) or not before:
         return NOTHING
     after = cache_bytes(facts, LONG)
-    return f"{after / 2**20:,.1f} MiB ({after / before:.1%} of softmax)"
+    return f"{after / 2**20:,.1f} MiB ({after / before:.1%})"
 
 
 def _fixed(value: float | None) -> str:
