@@ -17,7 +17,7 @@ from linearize.cli._arguments import add_recipe_arguments, load_recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_recipe_arguments(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", help="folder of the checkpoint (default: MODEL-MIXER, here)")
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder of the checkpoint (default: MODEL-RECIPE, here)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; no weights are loaded")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted conversion in the same folder")
     parser.add_argument(

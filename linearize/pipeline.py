@@ -55,7 +55,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
 
     Args:
         recipe: a validated recipe.
-        out: folder for the checkpoint. Default: `<model>-<mixer>` in the current folder.
+        out: folder for the checkpoint. Default: `<model>-<recipe>` in the current folder, or `<model>-<mixer>` for a
+            recipe that does not ship.
         resume: go on with an interrupted conversion in `out`, of the same recipe but for what
             `linearize.resume.claim` lets change.
         say: receives the plan, what is being measured, and the final table, a text each.
@@ -66,7 +67,9 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
     Raises:
         UserError: for everything a recipe, a model or a machine can do wrong; nothing on disk is lost.
     """
-    out = Path(out if out is not None else f"{Path(recipe.model.name).name}-{recipe.mixer['type']}")
+    out = Path(
+        out if out is not None else f"{Path(recipe.model.name).name}-{recipe.origin.stem or recipe.mixer['type']}"
+    )
     plan = plan_of(recipe)
     check_sources(recipe)
     device = default_device(recipe.model.device)
@@ -84,7 +87,7 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
 
 
 def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable) -> Path:
-    say(outline(recipe, plan))
+    say(outline(recipe, plan) if plan.chooser is None else plan.before_choice())
     if is_main():
         (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
     where: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code, "revision": recipe.model.revision}
@@ -110,7 +113,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     if plan.chooser is not None:
         recipe = chosen(recipe, model, tokenizer, out / "run" / "layers.json")
         plan = make_plan(recipe, model.config)
-        say(str(plan))
+        say(outline(recipe, plan))
         if is_main():
             (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
     batches = calibration_batches(recipe, tokenizer) if recipe.init.type == "calibrated" else []
@@ -190,16 +193,22 @@ def outline(recipe: Recipe, plan: Plan) -> str:
     lines = [str(plan), f"data        {recipe.data.source}, sequences of {recipe.data.seq_len:,} tokens"]
     if recipe.init.type == "calibrated":
         lines.append(f"init        gates and output scales set from the teacher on {recipe.init.tokens:,} tokens")
-    for stage in recipe.stages:
-        lora = stage.get("lora")
-        with_lora = f", LoRA r {lora['r']} on {', '.join(lora['targets'])}" if lora else ""
-        own = recipe.stage_data(stage)
-        on = f", on {own.source}" if own.source != recipe.data.source else ""
-        said = ": no training"
-        if "tokens" in stage:
-            said = f": {stage['tokens']:,} tokens, batch {stage['batch_size']}, lr {stage['lr']:g}{with_lora}{on}"
-        lines.append(f"stage       {stage['type']}{said}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"stage       {stage['type']}{_training(recipe, stage)}" for stage in recipe.stages)])
+
+
+def _training(recipe: Recipe, stage: Mapping[str, Any]) -> str:
+    """What a stage trains on and how: whole steps, which `tokens` is rounded up to."""
+    if "tokens" not in stage:
+        return ": no training"
+    data, config = recipe.stage_data(stage), find("stages", stage["type"], Stage).Config.model_validate(stage)
+    item = data.seq_len * data.item_rows
+    trained, asked = config.trained_tokens(item), f" ({config.tokens:,} asked for)"
+    tokens = f"{trained:,} tokens{asked if trained != config.tokens else ''}"
+    steps = f"{(n := config.steps(item)):,} step{'s' * (n > 1)} of {config.batch_size} x {item:,}"
+    lora = stage.get("lora")
+    with_lora = f", LoRA r {lora['r']} on {', '.join(lora['targets'])}" if lora else ""
+    on = f", on {data.source}" if data.source != recipe.data.source else ""
+    return f": {tokens}, {steps}, lr {stage['lr']:g}{with_lora}{on}"
 
 
 def stages_of(settings: Sequence[Mapping[str, Any]], family: type[Family], *, trusted: bool = True) -> list[Stage]:

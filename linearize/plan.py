@@ -86,14 +86,25 @@ class Plan:
         """Bytes of one sequence's cache after `tokens` tokens."""
         return sum(x.state_bytes if x.mixer is not None else x.kv_bytes(tokens) for x in self.layers)
 
+    def before_choice(self) -> str:
+        """What is known while a selector has yet to choose the layers; the plan is printed once it has."""
+        kept = sum(layer.mixer is None for layer in self.layers)
+        which = f"{self.chooser} chooses which, on the loaded model; the plan follows"
+        return f"{self._source()}\nlayers      {kept} of {len(self.layers)} keep softmax: {which}"
+
+    def _source(self) -> str:
+        parameters = f"{self.source_parameters / 1e6:,.1f}M parameters"
+        return f"source      {self.source} ({self.family}, {parameters}, {self.dtype})"
+
     def __str__(self) -> str:
         swapped = [layer for layer in self.layers if layer.mixer is not None]
+        pattern = "".join("S" if layer.mixer is None else "L" for layer in self.layers)
+        if self.chooser is not None:
+            pattern += f", for example: {self.chooser} chooses which, on the loaded model"
         lines = [
-            f"source      {self.source} ({self.family}, {self.source_parameters / 1e6:,.1f}M parameters, {self.dtype})",
+            self._source(),
             f"mixer       {_written(self.mixer)}",
-            f"layers      {len(swapped)} of {len(self.layers)} swapped: "
-            + "".join("S" if layer.mixer is None else "L" for layer in self.layers)
-            + ("" if self.chooser is None else f", or so: {self.chooser} chooses which, on the loaded model"),
+            f"layers      {len(swapped)} of {len(self.layers)} swapped: {pattern}",
             *([] if self.kept == AS_IN_SOURCE else [f"kept        {self.kept}"]),
             f"new         {self.new_parameters / 1e6:,.3f}M parameters; every tensor of the source keeps its name",
         ]

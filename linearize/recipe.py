@@ -44,6 +44,11 @@ class Origin:
     overrides: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     """`key=value` each."""
 
+    @property
+    def stem(self) -> str | None:
+        """`auto` of the shipped recipe default/auto; None for an author's own."""
+        return self.name.rpartition("/")[2] if self.shipped and self.name is not None else None
+
 
 class Recipe(Strict):
     """A whole conversion."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -42,6 +43,9 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
+RESULTS = ["lolcats", "liger", "catalogue", "auto", "named"]
+ALONE = ["teacher-30m-auto", "teacher-30m-named"]
+"""Results of which the page shows one length with the linear branch off."""
 COMMANDS = [
     (page.name, line)
     for page in PAGES
@@ -87,6 +91,22 @@ def test_every_mixer_is_in_the_readme_and_calibrated_as_told() -> None:
         if key != "composed":  # docs/mixers.md says which recipes calibrate
             expected = "declared" if key in declared else "calibrated"
             assert Recipe.load(f"demo/{key}", "demo").init.type == expected
+
+
+@pytest.mark.parametrize("name", ["demo-lolcats", "demo-catalogue", *(f"teacher-30m-{n}" for n in RESULTS)])
+def test_linear_off_in_the_results_is_the_gap_without_that_branch(name: str) -> None:
+    """As measured, in every table, beside the gap with the branch."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    found = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    for points in [dict(found)] if isinstance(found[0], list) else [one["points"] for one in found]:
+        teacher, last = ({x["length"]: x["loss"] for x in points[p]["losses"]} for p in ("teacher", list(points)[-1]))
+        off = {x["length"]: x["loss"] for x in points[list(points)[-1]]["branches"] if x["branch"] == "linear"}
+        if not off:
+            continue
+        gap = f"| {last[2048] - teacher[2048]:+.3f} |"
+        lengths = [2048] if name in ALONE else [1024, 2048]
+        without = f"| {' | '.join(f'{off[n] - teacher[n]:+.3f}' for n in lengths)} |"
+        assert [row for row in text.splitlines() if gap in row and without in row], (gap, without)
 
 
 def test_state_formulas_count_the_numbers_of_a_state() -> None:

@@ -22,7 +22,7 @@ from linearize import pipeline
 from linearize.errors import UserError
 from linearize.evals.measure import eval_tokens, measure
 from linearize.hf.load import load
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert, outline, plan_of
 from linearize.recipe import Recipe
 
 EVALUATION = {"windows": 2, "recall": False, "batch_size": 2, "split": "train", "lengths": [16]}
@@ -257,6 +257,35 @@ def test_stages_of_one_type_are_numbered(source: Path) -> None:
     assert list(points) == ["teacher", "untrained", "after finetune 1", "after finetune 2"]
     assert [point["tokens"] for point in points.values()] == [0, 0, 128, 256]
     assert len(metrics(out / "run" / "1-finetune")) == 2, "half the sequence length, twice the steps"
+
+
+def test_the_plan_tells_the_tokens_that_are_trained(source: Path) -> None:
+    """Whole steps of batch x sequence, not what was asked for; 16 tokens a row in the second stage."""
+    stage = {"type": "finetune", "tokens": 129, "batch_size": 4, "train": ["*.mixer.*"]}
+    recipe = make_recipe(source, stages=[stage, {**stage, "tokens": 128, "seq_len": 16}], evaluation=EVALUATION)
+    said: list[str] = []
+    out = convert(recipe, source / "out", say=said.append)
+    first, second = (line for line in said[0].splitlines() if line.startswith("stage"))
+    assert first.startswith("stage       finetune: 256 tokens (129 asked for), 2 steps of 4 x 32, lr ")
+    assert second.startswith("stage       finetune: 128 tokens, 2 steps of 4 x 16, lr ")
+    points = json.loads((out / "run" / "measurements.json").read_text())
+    assert points[-1][1]["tokens"] == 256 + 128 and points[-2][1]["tokens"] == 256
+
+
+@pytest.mark.parametrize(("name", "folder"), [("auto", "demo-auto"), ("gdn", "demo-gdn"), ("mine.yaml", "demo-gdn")])
+def test_the_default_folder_is_named_after_the_recipe(
+    name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extends: demo/auto\n")
+    monkeypatch.setattr(pipeline, "_convert", lambda recipe, plan, out, *rest: out)
+    assert convert(Recipe.load(name, "demo"), say=quiet) == Path(folder)
+
+
+def test_the_plan_counts_both_replies_of_a_pair(source: Path) -> None:
+    stage = {"type": "dpo", "tokens": 100, "batch_size": 2, "train": ["all"], "data": {"format": "preference"}}
+    told = outline(recipe := make_recipe(source, stages=[stage]), plan_of(recipe))
+    assert "dpo: 128 tokens (100 asked for), 1 step of 2 x 64, lr " in told
 
 
 @pytest.mark.parametrize("init", ["declared", "calibrated"])

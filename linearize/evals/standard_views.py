@@ -24,7 +24,7 @@ def standard_views(measurements: Measurements) -> list[View]:
         measurements: name of the model -> what was measured on it, in the order to be shown.
 
     Returns:
-        Losses by length and by position, the cost of each branch switched off, distance from the teacher, recall, and
+        Losses by length and by position, what each branch is worth, distance from the teacher, recall, and
         for encoders agreement with the teacher; of these what any of the models has.
     """
     views = [*_losses(measurements), *_branches(measurements), *_divergences(measurements)]
@@ -78,21 +78,21 @@ def _losses(measurements: Measurements) -> list[View]:
 
 
 def _branches(measurements: Measurements) -> list[View]:
-    pairs = union((found.branch, found.length) for m in measurements.values() for found in m.branches)
-    if not pairs:
-        return []
+    branches = union(found.branch for m in measurements.values() for found in m.branches)
+    lengths = sorted(union(found.length for m in measurements.values() for found in m.branches))
 
     def rise(m: Measurement, pair: tuple[str, int]) -> Number:
         off, whole = m.branch_loss(*pair), m.loss(pair[1])
         return None if off is None or whole is None else off - whole
 
-    return [
+    return [  # a figure each: on one scale, a window of which much depends hides what the linear branch does
         Bars(
-            "What each branch is worth",
-            "Rise of the loss when a branch of all mixers is off. A linear branch at 0 or below does not help.",
+            f"What the {branch} branch is worth",
+            f"Rise of the loss when the {branch} branch of all mixers is off; at 0 or below it does not help.",
             y_label="nats per token",
-            **_bars(measurements, {pair: f"{pair[0]} off, {pair[1]:,} tokens" for pair in pairs}, rise),
+            **_bars(measurements, {(branch, n): f"{n:,} tokens" for n in lengths}, rise),
         )
+        for branch in branches
     ]
 
 

@@ -13,6 +13,8 @@ from linearize.evals.items import HEADER, compare, comparison_rows
 from linearize.evals.measure import Measurement
 
 NOTHING = "–"
+PROMPT = 160
+"""Characters of a prompt that are shown at most: a sentence or two, the last ones."""
 
 
 def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
@@ -31,7 +33,7 @@ def comparison_table(points: Sequence[tuple[str, Measurement]]) -> str:
     header += [name for length in agreements for name in (f"embeddings agree {length}", f"tokens agree {length}")]
     diverging = union(found.length for _, m in points for found in m.divergence)
     header += [f"KL {length}" for length in diverging]
-    header += [f"{branch} off {length}" for branch, length in branches]
+    header += [f"loss {length}, {branch} off" for branch, length in branches]
     header += [case_name(case) for case in cases] + [f"{task} {metric}" for task, metric in tasks]
     header += ["tokens so far", "training s"]
     rows = []
@@ -111,7 +113,15 @@ def _samples(points: Sequence[tuple[str, Measurement]]) -> str:
         return ""
     width = max(len(name) for name, _ in told)
     lines = [f"{name:<{width}}  {' '.join((m.sample or '').split())}" for name, m in told]
-    return "\n\n" + "\n".join([f"Continuations of {told[0][1].prompt!r}:", *lines])
+    return "\n\n" + "\n".join([f"Continuations of {shown_prompt(told[0][1].prompt or '')!r}:", *lines])
+
+
+def shown_prompt(prompt: str) -> str:
+    """The end of a prompt, in whole words, which is what was continued."""
+    if len(prompt) <= PROMPT:
+        return prompt
+    end = prompt[-PROMPT:]
+    return f"… {end if prompt[-PROMPT - 1].isspace() else end.partition(' ')[2] or end}"
 
 
 def _notes(points: Sequence[tuple[str, Measurement]]) -> str:

@@ -51,6 +51,8 @@ class Bars(View):
     """Of the groups."""
     series: Mapping[str, Sequence[Number]]
     """Name of a bar -> its height in each group."""
+    log_y: bool = False
+    """Whether heights may lie orders of magnitude apart, for a scale that then says so; else bars begin at 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

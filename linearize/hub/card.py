@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from linearize import __version__
+from linearize.architecture import architecture
 from linearize.evals.measure import Measurement
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
@@ -36,7 +37,7 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     kept = bool(recipe.stages) and recipe.stages[-1].get("lora") and not recipe.stages[-1]["lora"]["merge"]
     adapter = 'model = PeftModel.from_pretrained(model, path, subfolder="adapter")  # as measured\n' if kept else ""
     peft = "from peft import PeftModel\n" if kept else ""
-    mixer, short, long = plan.mixer["type"], plan.cache_bytes(2048) / 2**20, plan.cache_bytes(131072) / 2**20
+    what_it_is, short, long = architecture(plan.mixer), plan.cache_bytes(2048) / 2**20, plan.cache_bytes(131072) / 2**20
     trained = any("tokens" in stage for stage in recipe.stages)
     how = " and trained to take over from it," if trained else ", untrained,"
     sizes = f"{short:,.2f} MiB after 2,048 tokens and {long:,.2f} MiB after 131,072."
@@ -44,7 +45,7 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
     auto = find("families", plan.family, Family).auto_class
     remote = "" if plan.native else ", trust_remote_code=True"
     alone = "  # with `import linearize`: not needed" if remote else ""
-    what = (
+    native = (
         f"\nIt is a `{plan.native}` model of transformers and loads without `trust_remote_code`.\n"
         if plan.native
         else ""
@@ -53,11 +54,11 @@ def model_card(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measuremen
 {card_data(recipe, plan, measurements, auto).to_yaml()}
 ---
 
-# {name}, linearized with {mixer}
+# {name}, linearized with {_method(recipe, what_it_is)}
 
-{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by the `{mixer}` mixer{how}
+{swapped} of {len(plan.layers)} attention layers of `{name}` were replaced by {_replacement(plan, what_it_is)}{how}
 with linearize {__version__}.{cache}
-{what}
+{native}
 ## Use
 
 ```python
@@ -70,7 +71,8 @@ tokenizer = AutoTokenizer.from_pretrained(path{remote})
 
 ## Measured
 
-Losses are nats per token; "off" columns switch one branch of the mixers off. Settings: `evaluation` in `recipe.yaml`.
+Losses are nats per token, gaps the loss above the teacher's; "off": with one branch of the mixers off.
+Settings: `evaluation` in `recipe.yaml`.
 
 {measured}
 
@@ -84,6 +86,18 @@ All its settings, as in `recipe.yaml`:
 {recipe.to_yaml().strip()}
 ```
 """
+
+
+def _method(recipe: Recipe, what_it_is: str) -> str:
+    """What the title names: a shipped recipe of another name than its mixer's, and what the mixer is."""
+    named = recipe.origin.stem
+    return what_it_is if named in (None, recipe.mixer["type"]) else f"recipe {named} ({what_it_is})"
+
+
+def _replacement(plan: Plan, what_it_is: str) -> str:
+    """What stands where attention stood, in a sentence."""
+    key = plan.mixer["type"]
+    return f"the `{key}` mixer" + ("" if what_it_is == key else f" (here: {what_it_is})")
 
 
 def _measured(measurements: Mapping[str, Measurement]) -> str:

@@ -58,7 +58,7 @@ def card_data(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measurement
         datasets=hub_datasets(recipe) or None,
         tags=["linearize", "linear-attention", plan.mixer["type"]],
         eval_results=results or None,
-        model_name=f"{Path(recipe.model.name).name}-{plan.mixer['type']}" if results else None,
+        model_name=f"{Path(recipe.model.name).name}-{recipe.origin.stem or plan.mixer['type']}" if results else None,
     )
     if on_hub:
         data["base_model_relation"] = "finetune"

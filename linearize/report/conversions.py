@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from linearize.architecture import architecture
 from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.measure import Measurement
 from linearize.evals.table import NOTHING, case_name, grid, number, percent, union
@@ -93,9 +94,9 @@ def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
 def report(folders: Sequence[str | Path]) -> str:
     """A Markdown table with a row per conversion, sorted as given.
 
-    Columns: parameters added, bytes of state per swapped layer, the loss at the first measured length after each step,
-    its gap to the teacher at the end at every length, KL(teacher || student) per token, the gap with the linear branch
-    off, and recall at the end.
+    Columns: parameters added, bytes of state per swapped layer, the loss after each step at the shortest length that
+    all were measured at, its gap to the teacher at the end at every length, KL(teacher || student) per token, the gap
+    with the linear branch off, and recall at the end. Below: what mixers with other parts are, and the teachers.
     """
     return report_of([read_conversion(folder) for folder in folders])
 
@@ -104,17 +105,18 @@ def report_of(found: Sequence[Conversion]) -> str:
     """As `report`, of what was read already."""
     steps = union(name for c in found for name in c.points if name != "teacher")
     steps.sort(key=lambda name: max(list(c.points).index(name) for c in found if name in c.points))
-    lengths = union(point.length for c in found for m in c.points.values() for point in m.losses)
-    cases = union((score.facts, score.distance) for c in found for m in c.points.values() for score in m.recall)
-    first = lengths[0] if lengths else 0
+    lengths = sorted(union(point.length for c in found for m in c.points.values() for point in m.losses))
+    cases = sorted(union((score.facts, score.distance) for c in found for m in c.points.values() for score in m.recall))
+    shared = [n for n in lengths if all(c.last.loss(n) is not None for c in found)]
+    first = next(iter([*shared, *lengths]), 0)
     header = ["", "mixer", "layers", "new parameters", "state KiB/layer"]
     header += [f"loss {first} {step}" for step in steps]
-    diverging = union(point.length for c in found for m in c.points.values() for point in m.divergence)
+    diverging = sorted(union(point.length for c in found for m in c.points.values() for point in m.divergence))
     header += [f"gap {length}" for length in lengths] + [f"KL {length}" for length in diverging]
     header += [f"gap {length}, linear off" for length in lengths]
     header += [f"recall {case_name(case)}" for case in cases] + ["tokens"]
     rows = [_row(c, steps, first, lengths, diverging, cases) for c in found]
-    return grid(header, rows) + _teachers(found, lengths, cases)
+    return grid(header, rows) + _renamed(found) + _teachers(found, lengths, cases)
 
 
 def to_json(folders: Sequence[str | Path], path: str | Path) -> None:
@@ -174,6 +176,12 @@ def _row(
     return [*row, *(percent(last.recall_rate(*case)) for case in cases), tokens]
 
 
+def _renamed(found: Sequence[Conversion]) -> str:
+    """A line per conversion whose mixer has other parts than it ships with."""
+    lines = [f"Mixer of {c.name}: {mixer_name(c.facts)}" for c in found if mixer_name(c.facts) != c.facts["mixer"]]
+    return "".join(f"\n\n{line}" for line in lines)
+
+
 def _teachers(found: Sequence[Conversion], lengths: list[int], cases: list[tuple[int, int]]) -> str:
     """A line per distinct teacher."""
     lines = []
@@ -188,12 +196,18 @@ def _teachers(found: Sequence[Conversion], lengths: list[int], cases: list[tuple
     return "\n\n" + "\n\n".join(union(lines)) if lines else ""
 
 
+def mixer_name(facts: Mapping[str, Any]) -> str:
+    """What the mixer of a conversion is; older ones tell its key alone."""
+    return facts.get("architecture") or facts["mixer"]
+
+
 def facts_of(plan: Any) -> dict[str, Any]:
     """What a report says of a `linearize.plan.Plan`, as plain data."""
     return {
         "source": "demo" if plan.source == resolve_model("demo") else Path(plan.source).name,
         "family": plan.family,
         "mixer": plan.mixer["type"],
+        "architecture": architecture(plan.mixer),
         "settings": plan.mixer,
         "layers": "".join("S" if layer.mixer is None else "L" for layer in plan.layers),
         "new_parameters": plan.new_parameters,

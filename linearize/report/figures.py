@@ -30,8 +30,13 @@ HATCHES = ("", "///", "+++", "xxx")  # dots would be fifty kilobytes each in an 
 WIDTH, HEIGHT, DPI = 6.4, 3.7, 160
 COLUMN, BOTH = 7.2, 11.4
 """Inches up to which a figure fits one of two columns; one that does not is at least as wide as both."""
-NUMBERED, CELLS = 16, 420
-"""Bars of a figure, and cells of a heat map, up to which each has its number."""
+DIGIT, STANDING = 0.062, 0.11
+"""Inches of a letter of the number above a bar, which stands on end where it is wider than the bar, and of the
+narrowest bar that has one."""
+APART = 100
+"""The largest bar by the smallest, from which on a figure that may have a logarithmic scale gets one."""
+CELLS = 420
+"""Cells of a heat map up to which each has its number."""
 CROWD = 8
 """Curves from which on a figure takes both columns."""
 MARKED = 24
@@ -164,10 +169,7 @@ def _lines(view: Lines, style: Style, ink: str) -> Figure:
         axes.set_xscale("log", base=2)
     ys = [y for points in view.series.values() for _, y in points]
     if view.log_y and ys and max(ys) > 4 * min(ys) > 0:  # within less, a logarithm has hardly a tick
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(10, (1,) if max(ys) > 1000 * min(ys) else (1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _log_scale(axes, ys)
     if len(xs) <= TICKS:
         axes.set_xticks(xs)
         axes.minorticks_off()
@@ -181,13 +183,24 @@ def _lines(view: Lines, style: Style, ink: str) -> Figure:
     return figure
 
 
+def _log_scale(axes: Any, values: Sequence[float]) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, (1,) if max(values) > 1000 * min(values) else (1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _bars(view: Bars, style: Style, ink: str) -> Figure:
+    """From 0, but where heights lie far apart on a scale of which the label says that it is logarithmic."""
+    heights = [value for series in view.series.values() for value in series if value is not None]
+    log = view.log_y and bool(heights) and max(heights) > APART * min(heights) > 0
     names, groups = list(view.series), len(view.labels)
     count = max(1, len(names))
     wide = _wide(max(WIDTH, min(14.0, 1.6 + 0.14 * groups * count)))
     figure, axes = _axes(ink, wide, _height(view.series, wide))
-    numbered = groups * count <= NUMBERED
     width, handles = min(0.5, 0.8 / count), []
+    inches = 0.85 * wide * width / max(1, groups)
+    turn = 90 if DIGIT * max((len(_above(value)) for value in heights), default=0) > inches else 0
     for i, (name, (colour, cycle)) in enumerate(zip(names, style.of(names, ink), strict=True)):
         there = [(g, value) for g, value in enumerate(view.series[name]) if value is not None]
         at = [g + (i - (count - 1) / 2) * width for g, _ in there]
@@ -195,13 +208,29 @@ def _bars(view: Bars, style: Style, ink: str) -> Figure:
         bars = axes.bar(at, [v for _, v in there], width * 0.92, color=colour, hatch=hatch, edgecolor="none")
         handles.append(bars)
         for x, (_, value) in zip(at, there, strict=True):
-            if value == 0 or numbered:  # a zero is measured, and not to be taken for missing
+            if value == 0 or inches >= STANDING:  # a zero is measured, and not to be taken for missing
                 side = "top" if value < 0 else "bottom"
-                axes.text(x, value, _above(value), ha="center", va=side, fontsize=7, color=ink)
-    axes.axhline(0, color=ink, linewidth=0.8, alpha=0.5)
+                axes.annotate(
+                    _above(value),
+                    (x, value),
+                    (0, -2 if value < 0 else 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va=side,
+                    fontsize=7,
+                    color=ink,
+                    rotation=turn,
+                )
+    axes.margins(y=0.16 if turn else 0.06)
+    if log:
+        _log_scale(axes, heights)
+        axes.set_ylim(bottom=10 ** math.floor(math.log10(min(heights)) - 0.1))
+    axes.set_xlim(-0.6, max(1, groups) - 0.4)  # also where a group's first bars are missing
+    if not log:
+        axes.axhline(0, color=ink, linewidth=0.8, alpha=0.5)
     long = max((len(label) for label in view.labels), default=0) * groups > 11 * wide
     axes.set_xticks(range(groups), view.labels, rotation=30 if long else 0, ha="right" if long else "center")
-    axes.set_ylabel(view.y_label, color=ink)
+    axes.set_ylabel(f"{view.y_label} (log scale)" if log else view.y_label, color=ink)
     _legend(figure, handles, names, ink)
     return figure
 

@@ -31,6 +31,7 @@ class Facts:
     dtype: str
     reach: list[int | None] | None = None
     causal: bool = True
+    architecture: str | None = None
 
 
 def load(path: Path) -> Any:

@@ -6,6 +6,7 @@ The page loads nothing: its policy (Content-Security-Policy) forbids it even if 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from html import escape
 
 from linearize.evals.views import Table
@@ -14,12 +15,18 @@ from linearize.report.numerals import short
 
 WIDE = 530
 """Points of width from which a figure is too wide for one of two columns."""
+PAGE = 1200
+"""Pixels of width that a table has on a screen of 1280."""
+LETTER, PADDING = 8.6, 26
+"""Pixels of a letter of a table, and around a cell."""
+BRIEF, LONG = 24, 60
+"""Letters from which on a text of a cell may wrap, and from which on it is given room."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #59626d; --back: #fdfdfc; --card: #fff; --line: #dfe2e6;
-  --accent: #0b62a8; --kept: #e69f00; --mixer: #0072b2; }
+  --accent: #0b62a8; --kept: #e69f00; --mixer: #0072b2; --under: var(--back); --shade: #5f6b7880; }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #9aa4b0; --back: #14171b; --card: #1b1f25;
-  --line: #313841; --accent: #74b9f0; --mixer: #3c9ad6; } }
+  --line: #313841; --accent: #74b9f0; --mixer: #3c9ad6; --shade: #9db2c780; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text);
   font: 16px/1.55 FONT; }
@@ -40,17 +47,23 @@ a { color: var(--accent); text-underline-offset: .15em; }
   grid-auto-flow: dense; margin-bottom: 1rem; }
 figure { margin: 0; padding: .9rem 1rem; min-width: 0; } figcaption { margin-bottom: .5rem; }
 .wide { grid-column: 1 / -1; } figcaption p { margin: .1rem 0 0; }
-.scroll { overflow-x: auto; } .scroll svg { display: block; width: 100%; height: auto; }
+figure, details { --under: var(--card); }
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--under) 35%, transparent) 0 0 / 3rem 100% local,
+  linear-gradient(to left, var(--under) 35%, transparent) 100% 0 / 3rem 100% local,
+  linear-gradient(to right, var(--shade), transparent) 0 0 / .9rem 100%,
+  linear-gradient(to left, var(--shade), transparent) 100% 0 / .9rem 100%; background-repeat: no-repeat; }
+.scroll svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .4rem 0 1rem; }
 th, td { padding: .38rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
-.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--back); z-index: 1; }
-details th:first-child, details td:first-child { background: var(--card) !important; }
+th { font-weight: 600; white-space: normal; color: var(--soft); vertical-align: bottom; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--under); z-index: 1; }
+td.wrap, td.long { white-space: normal; overflow-wrap: anywhere; } td.wrap { min-width: 9rem; }
+td.long { min-width: 18rem; }
 @media (max-width: 40rem) { main, header { padding: 0 .8rem; } th, td { padding: .32rem .5rem; }
-  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; max-width: 8rem; }
-  td.long { min-width: 12rem; } .tiles { grid-template-columns: 1fr 1fr; } figure { padding: .7rem; } }
+  td:first-child { white-space: normal; overflow-wrap: break-word; min-width: 6.5rem; max-width: 8rem; }
+  td.wrap { min-width: 7rem; } td.long { min-width: 9rem; }
+  .tiles { grid-template-columns: 1fr 1fr; } figure { padding: .7rem; } }
 th.text, td.text { text-align: left; } td:first-child { font-weight: 600; }
-td.long { white-space: normal; min-width: 18rem; }
 .warn { border-left: .3rem solid var(--kept); background: var(--card); padding: .5rem .9rem; margin: .6rem 0 1rem;
   border-radius: .3rem; font-size: .9rem; overflow-wrap: anywhere; }
 .warn ul { margin: .2rem 0; padding-left: 1.2rem; } .warn p { margin: 0; max-width: none; }
@@ -138,8 +151,15 @@ def figures(items: Iterable[str]) -> str:
 
 
 def table(view: Table, heading: bool = True) -> str:
-    """A table of escaped text and rounded numbers, with its title and note."""
+    """A table of escaped text and rounded numbers, with its title and note.
+
+    One that is wider than the page has a column for each of its rows where it is narrower so; a box scrolls what still
+    is wider, in the shade at its edge.
+    """
     above = f"<h3>{escape(view.title)}</h3>\n" if heading else ""
+    turned = _turned(view)
+    if _width(view) > PAGE and turned is not None and _width(turned) < _width(view):
+        view = turned
     kinds = [_kind([row[i] for row in view.rows]) for i in range(len(view.columns))]
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(view.columns, kinds, strict=True))
     lines = (map(_cell, row, kinds) for row in view.rows)
@@ -165,13 +185,44 @@ def details(summary: str, body: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{body}</details>\n"
 
 
+def _turned(view: Table) -> Table | None:
+    """With a column for each row; None where that makes no fewer, or rows have no names of their own."""
+    names = [row[0] for row in view.rows]
+    if (
+        view.columns[0]
+        or len(names) >= len(view.columns)
+        or len(set(names)) < len(names)
+        or not all(isinstance(name, str) for name in names)
+    ):
+        return None
+    rows = [[column, *(row[i] for row in view.rows)] for i, column in enumerate(view.columns) if i]
+    return replace(view, columns=["", *map(str, names)], rows=rows)
+
+
+def _width(view: Table) -> float:
+    """About how many pixels a table takes at least: headings break between words, short cells do not break."""
+    words = [max(map(len, name.split()), default=0) for name in view.columns]
+    cells = [max((_letters(_text(row[i])) for row in view.rows), default=0) for i in range(len(view.columns))]
+    return sum(PADDING + LETTER * max(pair) for pair in zip(words, cells, strict=True))
+
+
+def _letters(text: str) -> int:
+    """Letters of the narrowest line of a cell: the least widths of td.wrap and td.long in the style sheet."""
+    return len(text) if len(text) <= BRIEF else 17 if len(text) <= LONG else 33
+
+
 def _kind(column: Sequence[str | float | None]) -> str:
-    """The class of a column: words to the left, numbers to the right; long texts wrap."""
+    """The class of a column: words to the left, numbers to the right; texts that are not brief wrap."""
     texts = [value for value in column if isinstance(value, str)]
-    if any(len(text) > 60 for text in texts):
-        return ' class="text long"'
+    longest = max(map(len, texts), default=0)
+    if longest > BRIEF:
+        return ' class="text long"' if longest > LONG else ' class="text wrap"'
     return "" if all(text[:1] in "–+-0123456789" for text in texts) else ' class="text"'
 
 
 def _cell(value: str | float | None, kind: str) -> str:
-    return f"<td{kind}>{escape(value if isinstance(value, str) else short(value))}</td>"
+    return f"<td{kind}>{escape(_text(value))}</td>"
+
+
+def _text(value: str | float | None) -> str:
+    return value if isinstance(value, str) else short(value)

@@ -20,6 +20,7 @@ from linearize.evals.standard_views import standard_views
 from linearize.evals.table import noted, union
 from linearize.evals.views import Table, View
 from linearize.report import conditions, html
+from linearize.report.conversions import mixer_name
 from linearize.report.figures import Style
 from linearize.report.gallery import MANY, Gallery
 from linearize.report.sources import Source, Sources, read_sources
@@ -224,7 +225,7 @@ def _more(shown: str) -> str:
 
 def _lead(models: Sequence[Source]) -> str:
     lines = [
-        f"{m.conversion.facts['source']} with {m.conversion.facts['mixer']}: "
+        f"{m.conversion.facts['source']} with {mixer_name(m.conversion.facts)}: "
         f"{m.conversion.facts['layers'].count('L')} of {len(m.conversion.facts['layers'])} attention layers replaced."
         for m in models[:1]
         if len(models) == 1

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from linearize.evals.measure import Measurement
-from linearize.evals.table import NOTHING, case_name, percent, union
+from linearize.evals.table import NOTHING, case_name, percent, shown_prompt, union
 from linearize.evals.views import Table
+from linearize.report.conversions import mixer_name
 from linearize.report.numerals import short
 from linearize.report.sources import Source
 from linearize.report.views import cache_bytes
@@ -19,12 +20,12 @@ LONG = 131072
 def summary_table(models: Sequence[Source]) -> Table:
     """A row per teacher and model: what was kept, what it cost, what is left of the teacher."""
     last = {model.name: model.conversion.last for model in models}
-    lengths = union(loss.length for m in last.values() for loss in m.losses)
-    cases = union((score.facts, score.distance) for m in last.values() for score in m.recall)
-    diverging = union(d.length for m in last.values() for d in m.divergence)
+    lengths = sorted(union(loss.length for m in last.values() for loss in m.losses))
+    cases = sorted(union((score.facts, score.distance) for m in last.values() for score in m.recall))
+    diverging = sorted(union(d.length for m in last.values() for d in m.divergence))
     columns = ["", "source", "mixer", "softmax kept", "new parameters", "tokens trained"]
     columns += [f"{what} {n:,}" for n in lengths for what in ("loss", "gap")] + [f"KL {n:,}" for n in diverging]
-    columns += [f"recall {case_name(case)}" for case in cases] + ["cache of 131,072 tokens"]
+    columns += [f"recall {case_name(case)}" for case in cases] + ["cache of 131,072 tokens (of softmax's)"]
     rows: list[Sequence[Cell]] = []
     for model in models:
         facts, m, teacher = model.conversion.facts, last[model.name], model.conversion.points.get("teacher")
@@ -32,7 +33,7 @@ def summary_table(models: Sequence[Source]) -> Table:
         apart = [_fixed(None if (d := m.diverges(n)) is None else d.kl) for n in diverging]
         known = [percent(m.recall_rate(*case)) for case in cases]
         kept = f"{facts['layers'].count('S')} of {len(facts['layers'])}"
-        first = [model.name, facts["source"], facts["mixer"], kept]
+        first = [model.name, facts["source"], mixer_name(facts), kept]
         counts = [f"{facts['new_parameters']:,}", f"{m.tokens:,}"]
         rows.append([*first, *counts, *loss, *apart, *known, _cache(model)])
     teachers: list[Sequence[Cell]] = []
@@ -74,7 +75,9 @@ def tiles(model: Source) -> list[tuple[str, str]]:
         what = f"recall of {case_name((score.facts, score.distance))} tokens"
         found.append((percent(score.exact_match), what + (f"; teacher {percent(base)}" if base is not None else "")))
     if (saved := _cache(model)) != NOTHING:
-        found.append((saved.partition(" (")[0], saved.partition(" (")[2].rstrip(")") + f", cache of {LONG:,} tokens"))
+        found.append(
+            (saved.partition(" (")[0], saved.partition(" (")[2].rstrip(")") + f" of softmax, cache of {LONG:,} tokens")
+        )
     return found
 
 
@@ -89,7 +92,7 @@ def points_table(model: Source) -> Table:
     agreeing = union(a.length for m in points.values() for a in m.agreement)
     columns = ["", *(f"{what} {n:,}" for n in lengths for what in ("loss", "gap")), *(f"KL {n:,}" for n in diverging)]
     columns += [f"embeddings agree {n:,}" for n in agreeing]
-    columns += [f"{branch} off {n:,}" for branch, n in branches] + [case_name(case) for case in cases]
+    columns += [f"loss {n:,}, {branch} off" for branch, n in branches] + [case_name(case) for case in cases]
     rows: list[Sequence[Cell]] = []
     for name, m in points.items():
         row: list[Cell] = [name]
@@ -137,7 +140,7 @@ def samples_tables(measurements: Mapping[str, Measurement]) -> list[Table]:
     return [
         Table(
             "Samples",
-            f"Written greedily after: {prompt}",
+            f"Written greedily after: {shown_prompt(prompt or '')}",
             columns=["", "continuation"],
             rows=[[name, m.sample] for name, m in written.items() if m.prompt == prompt],
         )
@@ -158,7 +161,7 @@ def _cache(model: Source) -> str:
     if not facts.get("causal", True) or not before:
         return NOTHING
     after = cache_bytes(facts, LONG)
-    return f"{after / 2**20:,.1f} MiB ({after / before:.1%} of softmax)"
+    return f"{after / 2**20:,.1f} MiB ({after / before:.1%})"
 
 
 def _fixed(value: float | None) -> str:

@@ -67,7 +67,7 @@ def layer_views(models: Sequence[Source]) -> list[View]:
         heights = {name: [found.get(i) for i in layers] for name, found in last.items()}
         title, note = f"{_stage(stage)}: loss by layer at its end", "Mean of the last tenth of the logged steps."
         labels = [f"layer {i}" for i in layers]
-        views.append(Bars(title, note, y_label="loss", labels=labels, series=heights))
+        views.append(Bars(title, note, y_label="loss", labels=labels, series=heights, log_y=True))
         if len(models) == 1:
             views += [_course(stage, log) for log in logs.values()]
     scored = {model.name: model.scores for model in models if model.scores}

@@ -12,8 +12,10 @@ from linearize.data import DataConfig
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
 from linearize.evals.measure import Measurement, eval_tokens, measure
-from linearize.evals.table import comparison_table, grid, side_by_side
+from linearize.evals.table import PROMPT, comparison_table, grid, shown_prompt, side_by_side
 from linearize.evals.text import BranchLoss, loss_on_text
+from linearize.recipe import Recipe
+from linearize.recipe_files import available
 from linearize.swap import teacher_path
 
 TEXT = torch.randint(2, 97, (1000,), generator=torch.Generator().manual_seed(0))
@@ -100,9 +102,28 @@ def test_comparison_table_has_a_row_per_point_with_gaps_to_the_teacher(measured)
     row = dict(zip(header, student, strict=True))
     assert header[:5] == ["", "loss 50", "gap", "loss 100", "gap"]
     assert student[1:5] == [f"{measured.loss(50):.3f}", "+0.250", f"{measured.loss(100):.3f}", "+0.250"]
-    assert teacher[2] == "–" and row["linear off 100"] == "9.500"
+    assert teacher[2] == "–" and row["loss 100, linear off"] == "9.500"
     assert (row["tokens so far"], row["training s"], row["1 fact/900"]) == ("1,500,000", "12", "–")
     assert "Continuations of 'abc':" in table and "Note: recall of 1 fact(s) over 900" in table
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("It was late, and", "It was late, and"),
+        ("x " * (PROMPT // 2), "x " * (PROMPT // 2)),
+        ("word " * PROMPT + "she saw that", "… " + "word " * ((PROMPT - 12) // 5) + "she saw that"),
+        ("x" * PROMPT + "y", "… " + "x" * (PROMPT - 1) + "y"),
+    ],
+)
+def test_of_a_long_prompt_the_last_words_are_shown(prompt: str, shown: str) -> None:
+    assert shown_prompt(prompt) == shown and len(shown) <= PROMPT + 2
+
+
+def test_shipped_prompts_are_short() -> None:
+    recipes = [Recipe.load(name, "demo") for name in available()]
+    prompts = [r.evaluation.sample_prompt for r in recipes if r.evaluation is not None and r.evaluation.sample_prompt]
+    assert prompts and all(shown_prompt(prompt) == prompt for prompt in prompts)
 
 
 def test_side_by_side_shows_the_difference_then_the_branches(measured):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ def source(pico_model: Any, tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def card_of(name: str, config: Any = None, *overrides: str, student: Measurement | None = None) -> str:
-    recipe = Recipe.load("lolcats", name, list(overrides))
+def card_of(
+    name: str, config: Any = None, *overrides: str, student: Measurement | None = None, recipe: Any = "lolcats"
+) -> str:
+    recipe = Recipe.load(recipe, name, list(overrides))
     plan = plan_of(recipe) if config is None else make_plan(recipe, config)
     points = {} if student is None else {"teacher": Measurement(), "after finetune": student}
     return model_card(recipe, plan, points)
@@ -187,6 +190,16 @@ def test_the_card_names_its_recipe_and_how_to_follow_it(source: Path, tmp_path: 
     assert "The author's own, `mine.yaml`, for linearize" in card and "`source` is the source model's folder" in card
     assert "linearize convert --model source --recipe recipe.yaml\n" in card
     assert "# source, linearized with lolcats" in card
+    (title,) = re.findall("^# (.*)", card_of("demo", recipe="auto", student=measured()), re.M)
+    what = "delta rule on hedgehog features beside a softmax window of 64 tokens"
+    assert title == f"demo, linearized with recipe auto ({what})"
+    assert "model_name" not in card and "name: demo-auto\n" in card_of("demo", recipe="auto", student=measured())
+    assert "# demo, linearized with gdn\n" in card_of("demo", recipe="gdn")
+    file.write_text("extends: default/auto\n")
+    own = Recipe.load(file, "demo")
+    card = model_card(own, plan_of(own), {})
+    assert f"# demo, linearized with {what}\n" in card
+    assert f"by the `gdn` mixer (here: {what}) and trained" in card
     parsed = Recipe.parse(recipe.model_dump(mode="json"))
     assert "The author's own, for linearize" in model_card(parsed, plan_of(parsed), {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from linearize.evals.measure import Measurement
 from linearize.evals.recall_score import RecallScore
 from linearize.evals.text import BranchLoss, TextLoss
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>alert(1)</script> & \"$x$\" 'é'"
 FACTS: dict[str, Any] = {
     "source": "tiny",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from left import folder
 from trainable import make_recipe, write_source
 
 from linearize.errors import UserError
@@ -45,9 +46,9 @@ def test_one_row_per_conversion_with_its_numbers(folders: list[Path]) -> None:
     header, _, gdn, lolcats = cells(text)
     steps = [name.removeprefix("loss 16 ") for name in header if name.startswith("loss 16 ")]
     assert steps == ["untrained", "calibrated", "after attention_transfer", "after finetune"]
-    for row, folder in ((gdn, folders[0]), (lolcats, folders[1])):
-        points = dict(json.loads((folder / "run" / "measurements.json").read_text()))
-        assert row[0] == folder.name and row[1] == folder.name
+    for row, place in ((gdn, folders[0]), (lolcats, folders[1])):
+        points = dict(json.loads((place / "run" / "measurements.json").read_text()))
+        assert row[0] == place.name and row[1] == place.name
         for step in steps:
             shown = row[header.index(f"loss 16 {step}")]
             assert shown == (f"{points[step]['losses'][0]['loss']:.3f}" if step in points else "–")
@@ -57,6 +58,20 @@ def test_one_row_per_conversion_with_its_numbers(folders: list[Path]) -> None:
         assert row[header.index("KL 32")] == f"{last['divergence'][1]['kl']:.3f}"
     assert gdn[header.index("gap 16, linear off")] == "–" != lolcats[header.index("gap 16, linear off")]
     assert text.count("Teacher ") == 1
+
+
+def test_lengths_stand_in_order_and_steps_are_compared_at_one_that_all_have(tmp_path: Path) -> None:
+    first, second = folder(tmp_path / "auto", architecture="delta rule"), folder(tmp_path / "gdn", architecture="gdn")
+    path = first / "run" / "measurements.json"
+    points = json.loads(path.read_text())
+    for _, values in points:
+        values["losses"] = values["losses"][1:]
+    path.write_text(json.dumps(points))
+    text = report([first, second])
+    header = cells(text)[0]
+    assert [name for name in header if name.startswith("gap") and "off" not in name] == ["gap 32", "gap 64"]
+    assert "loss 64 untrained" in header and "loss 32 untrained" not in header
+    assert "\n\nMixer of auto: delta rule\n" in text and "Mixer of gdn" not in text
 
 
 def test_facts_are_the_plans(folders: list[Path], tmp_path: Path) -> None:

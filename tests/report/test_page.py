@@ -6,14 +6,13 @@ import base64
 import io
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from left import EVIL, bench, evaluation, folder
+from left import BROWSER, EVIL, bench, evaluation, folder
 from matplotlib.image import imread
 
 from linearize.cli.main import main
@@ -21,7 +20,6 @@ from linearize.errors import UserError
 from linearize.report.page import evaluated, write_page
 from linearize.report.sources import read_sources
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSER_ITSELF = "not an origin"
 """The initiator, in chromium's log, of what the browser asks for itself, such as updates."""
 VOID = {"meta", "br", "img", "hr", "link"}

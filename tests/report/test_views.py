@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,10 +128,40 @@ def test_crowded_figures_take_both_columns() -> None:
     assert all(not COLUMN < wide(bars(models)) < BOTH for models in range(1, 24))
 
 
+@pytest.mark.parametrize("low", [0.03, 0.0, -0.5])
+def test_bars_begin_at_zero_whatever_their_heights(low: float) -> None:
+    view = Bars("t", y_label="y", labels=["a", "b"], series={"m": [2.0, low], "n": [1.9, 2.1]})
+    for bars in (view, replace(view, log_y=True)):  # within two orders of magnitude, or not all above 0
+        (axes,) = draw(bars, Style(["m", "n"])).axes
+        bottom, _ = axes.get_ylim()
+        assert axes.get_yscale() == "linear" and axes.get_ylabel() == "y"
+        assert bottom == 0 if low >= 0 else bottom < low
+        assert {patch.get_y() for patch in axes.patches} == {0}
+
+
+def test_a_logarithmic_scale_is_named_and_shows_the_smallest_bar() -> None:
+    view = Bars("t", y_label="loss", labels=["a", "b"], series={"m": [0.02, 18.0]}, log_y=True)
+    (axes,) = draw(view, Style(["m"])).axes
+    assert axes.get_yscale() == "log" and axes.get_ylabel() == "loss (log scale)"
+    assert axes.get_ylim()[0] <= 0.02 / 1.2
+
+
+def test_a_group_whose_first_bars_are_missing_stands_above_its_label() -> None:
+    view = Bars("t", y_label="y", labels=["a", "b"], series={"m": [None, 1.0], "n": [None, 1.0], "o": [1.0, 1.0]})
+    (axes,) = draw(view, Style(["m", "n", "o"])).axes
+    left, right = axes.get_xlim()
+    assert left <= -0.5 and right >= 1.5
+
+
 def test_few_bars_have_their_numbers() -> None:
     view = Bars("t", y_label="y", labels=["a", "b"], series={"m": [3.2551, None], "n": [3.3336, -0.0625]})
     found = [text.get_text() for text in draw(view, Style(["m", "n"])).axes[0].texts]
     assert found == ["3.255", "3.334", "-0.0625"]
+    many = Bars("t", y_label="y", labels=list("abcdef"), series={"m": [0.0312] * 6, "n": [2.0] * 6, "o": [1.0] * 6})
+    texts = draw(many, Style(["m", "n", "o"])).axes[0].texts
+    assert len(texts) == 18 and {text.get_rotation() for text in texts} == {90}, "wider than their bars, on end"
+    crowd = Bars("t", y_label="y", labels=list("abcdef") * 20, series={"m": [1.0] * 120, "n": [0.0] * 120})
+    assert {text.get_text() for text in draw(crowd, Style(["m", "n"])).axes[0].texts} == {"0"}
 
 
 def test_ids_of_two_figures_differ_and_text_is_not_mathematics() -> None:

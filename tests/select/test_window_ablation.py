@@ -13,7 +13,7 @@ from pico import KEYS, find_family, pico_model
 from trainable import dataset, make_recipe, snapshot, write_source
 
 from linearize.errors import UserError
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert, outline, plan_of
 from linearize.registry import family_of, find, keys
 from linearize.select.base import Selector
 from linearize.select.window_ablation import WindowAblation, looks, windowed
@@ -142,7 +142,10 @@ def test_a_conversion_keeps_the_chosen_layers_and_its_choice(
     kept = json.loads((out / "run" / "layers.json").read_text())["kept"]
     written = json.loads((out / "config.json").read_text())["linearize"]["layers"]
     assert [i for i, mixer in enumerate(written) if mixer is None] == kept and len(kept) == 2
-    assert f", or so: {key} chooses which" in said[0] and " chooses which" not in said[1]
+    assert f", for example: {key} chooses which" in outline(recipe, plan), "what a dry run prints"
+    assert f"2 of 3 keep softmax: {key} chooses which" in said[0] and "stage" not in said[0]
+    printed = [text for text in said if "\nlayers      1 of 3 swapped: " in text]
+    assert printed == [said[1]] and " chooses which" not in said[1], "the plan, once"
     monkeypatch.setattr(find("select", key, Selector), "choose", None)
     (out / "config.json").unlink()
     assert convert(recipe, out, resume=True, say=said.append) == out, "the choice is not made again"
