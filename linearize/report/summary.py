@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from linearize.evals.measure import Measurement
 from linearize.evals.table import NOTHING, case_name, percent, union
 from linearize.evals.views import Table
+from linearize.report.conversion_views import cache_bytes
 from linearize.report.numerals import short
 from linearize.report.sources import Source
-from linearize.report.views import cache_bytes
 
 Cell = str | float | None
 LONG = 131072
