@@ -13,7 +13,7 @@ import torch
 from linearize.evals import measure as measuring
 from linearize.evals.evaluate import Report, evaluate
 from linearize.evals.measurement import Measurement
-from linearize.evals.parts import Parts, model_made_of
+from linearize.evals.parts import Parts, files_made_of, model_made_of
 from linearize.evals.text import TextLoss
 
 SETTINGS: dict[str, Any] = {"windows": 2, "lengths": [32], "recall": [(1, 30)], "recall_items": 2, "device": "cpu"}
@@ -55,11 +55,11 @@ def run(folder: Path, output: Path | None, **changes: Any) -> tuple[Report, list
     return evaluate(folder, output=output, say=said.append, **{**SETTINGS, **changes}), said
 
 
-@pytest.mark.parametrize("part", ["recall", "probe mqar"])
+@pytest.mark.parametrize(("part", "name"), [("recall", "evaluated.json"), ("probe mqar", "tokenizer-evaluated.json")])
 def test_a_stopped_evaluation_goes_on_and_gives_the_same(
-    part: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str, name: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = student / "evaluated.json"  # reports may lie in the folder of the model
+    output = student / name  # reports may lie in the folder of the model
     whole, said = run(student, None)
     assert said == [*OF_THE_STUDENT, *OF_THE_TEACHER]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -74,7 +74,7 @@ def test_a_stopped_evaluation_goes_on_and_gives_the_same(
     assert found.student.losses == whole.student.losses and found.teacher == whole.teacher
     assert found.student.probes == json.loads(json.dumps(whole.student.probes))
     assert Report.from_json(output) == found
-    assert [path.name for path in student.glob("*evaluated*")] == ["evaluated.json"], "nothing is left behind"
+    assert [path.name for path in student.glob("*evaluated*")] == [name], "nothing is left behind"
 
 
 def test_what_was_taken_on_the_teacher_too_is_taken_over(
@@ -135,7 +135,18 @@ def test_parts_that_are_no_numbers_come_back_as_such(tmp_path: Path) -> None:
 
 def test_a_model_is_told_by_its_files_and_not_by_reports(student: Path) -> None:
     before = model_made_of(str(student))
-    (student / "report.json").write_text("{}")
-    assert model_made_of(str(student)) == before
+    names = ["report.json", "my-token.json", "my-token.json.parts", "vocab.parts", "tokenizer.json.parts"]
+    for name in [*names, ".tokenizer.json.parts.partial", "model.safetensors.json.parts"]:
+        (student / name).write_text("{}")
+        assert model_made_of(str(student)) == before, name
+    (student / "tokenizer_config.json").write_text("{}")
+    assert (changed := model_made_of(str(student))) != before
     torch.save({}, student / "model.safetensors")
-    assert model_made_of(str(student)) != before
+    assert model_made_of(str(student)) != changed
+
+
+def test_a_report_among_the_questions_does_not_change_what_they_are(tmp_path: Path) -> None:
+    (questions := tmp_path / "copa.jsonl").write_text("{}")
+    before = files_made_of(tmp_path.rglob("*"))
+    (tmp_path / "copa.json.parts").write_text("{}")
+    assert files_made_of(tmp_path.rglob("*")) == before and [Path(path) for path, *_ in before] == [questions]
