@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from linearize.errors import UserError
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
 from linearize.evals.text import doubling_edges, position_losses
 from linearize.evals.views import Lines, View
 
@@ -39,6 +39,10 @@ class LengthExtrapolation(Probe):
 
     Config = LengthExtrapolationConfig
     tells_broken = True
+
+    def rows(self, seq_len: int) -> Rows:
+        """The windows."""
+        return [(self.config.windows, self.config.times * seq_len)]
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"seq_len", "length", "ended", "windows", "buckets", "notes"}`. ended: why nothing longer was measured, None
