@@ -88,6 +88,6 @@ def run(arguments: argparse.Namespace) -> None:
     if options.get("teacher") == "none":
         options["teacher"] = False
     say = functools.partial(print, file=sys.stderr, flush=True)
-    print(evaluate(options.pop("path"), **options, say=lambda what: say(f"measuring {what}")).table())
+    print(evaluate(options.pop("path"), **options, say=say).table())
     if options["output"] is not None:
         print(f"\nreport written to {options['output']}")

@@ -85,6 +85,11 @@ def check_target(path: str | Path) -> None:
         raise UserError(f"{path} cannot be written, for lack of permission; give another place")
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a file is what `write_whole` has not finished."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
 def write_whole(path: str | Path, text: str) -> None:
     """Write a file as UTF-8, all of it or nothing: what stood there stays until the new one is complete."""
     path = Path(path).expanduser()

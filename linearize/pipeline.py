@@ -18,10 +18,11 @@ import torch
 from linearize.data import check_source, prepare
 from linearize.device import default_device
 from linearize.errors import UserError, write_whole
-from linearize.evals.lm_harness import check_tasks
+from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.measure import check_text
 from linearize.evals.points import Points
 from linearize.evals.table import comparison_table
+from linearize.evals.workload import summary, workload
 from linearize.families.base import Family
 from linearize.hf.auto import linearized
 from linearize.hf.export import export, export_adapter
@@ -177,7 +178,9 @@ def plan_of(recipe: Recipe) -> Plan:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raise the errors of training text, held-out text and tasks that can be known before a model is there."""
+    """Raise the errors of training text and held-out text that can be known before a model is there, and fetch the
+    questions of tasks.
+    """
     for index, settings in enumerate(recipe.stages):
         if find("stages", settings["type"], Stage).trains:
             check_source(recipe.stage_data(settings, f"stages.{index}"))
@@ -185,15 +188,21 @@ def check_sources(recipe: Recipe) -> None:
         check_source(recipe.source_data())
     if recipe.evaluation is not None:
         check_text(recipe.evaluation, recipe.data)
-        check_tasks(recipe.evaluation.tasks)
+        fetch_tasks(recipe.evaluation.tasks)
 
 
 def outline(recipe: Recipe, plan: Plan) -> str:
-    """The plan and what follows it: data, initial values and stages, a line each."""
+    """The plan and what follows it: data, initial values, stages and measurements, a line each."""
     lines = [str(plan), f"data        {recipe.data.source}, sequences of {recipe.data.seq_len:,} tokens"]
     if recipe.init.type == "calibrated":
         lines.append(f"init        gates and output scales set from the teacher on {recipe.init.tokens:,} tokens")
-    return "\n".join([*lines, *(f"stage       {stage['type']}{_training(recipe, stage)}" for stage in recipe.stages)])
+    lines += [f"stage       {stage['type']}{_training(recipe, stage)}" for stage in recipe.stages]
+    if recipe.evaluation is not None:
+        points = 2 + (len(recipe.stages) + (recipe.init.type == "calibrated")) * recipe.evaluation.between
+        asked = workload(recipe.evaluation, recipe.data.seq_len, branches=len(plan.branches), causal=plan.causal)
+        size, *works = summary(asked)
+        lines += [f"measured    {points} times, {size} each", *(f"            {work}" for work in works)]
+    return "\n".join(lines)
 
 
 def _training(recipe: Recipe, stage: Mapping[str, Any]) -> str:

@@ -67,6 +67,8 @@ class Plan:
     kept: Kept = AS_IN_SOURCE
     causal: bool = True
     """Whether it generates text, and so has a cache."""
+    branches: tuple[str, ...] = ()
+    """Of the mixers: what measurements can switch off."""
     chooser: str | None = None
     """The selector that chooses the layers once the model is loaded; until then `layers` is a stand-in."""
     native: str | None = None
@@ -162,6 +164,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
     settings = mixer_config(recipe.mixer)
     dtype = _dtype(recipe.model.dtype, config)
     layers = []
+    branches: tuple[str, ...] = ()
     with torch.device("meta"):
         skeleton = family.model_class(config)
     source_parameters = sum(p.numel() for p in skeleton.parameters())
@@ -178,7 +181,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
                 held = state_bytes(mixer, shape, dtype)
             except ValueError as error:
                 raise UserError(f"mixer {recipe.mixer['type']!r} cannot serve layer {index}: {error}") from error
-        inits = mixer.inits()
+        inits, branches = mixer.inits(), mixer.branches
         new = tuple(NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters())
         layers.append(LayerPlan(index, module, recipe.mixer["type"], new, held, kv, shape.reach))
     plan = Plan(
@@ -191,6 +194,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         dtype=str(dtype).removeprefix("torch."),
         kept=kept,
         causal=family.causal,
+        branches=branches,
         chooser=None if selector is None else selector.config.type,
     )
     if not recipe.export.native:

@@ -209,6 +209,16 @@ def test_the_shipped_recipes_cover_every_mixer(owner: str) -> None:
     assert {recipe.mixer["type"] for recipe in recipes} == set(keys("mixers")) - {"composed"}
 
 
+def test_demo_recipes_are_measured_alike() -> None:
+    """Prompts and their continuations are each one's own; no number depends on them."""
+    recipes = {name: Recipe.load(name) for name in available() if name.startswith("demo/")}
+    asked = {
+        name: recipe.evaluation and recipe.evaluation.model_dump(exclude={"sample_prompt", "sample_tokens"})
+        for name, recipe in recipes.items()
+    }
+    assert asked["demo/auto"] and all(how == asked["demo/auto"] for how in asked.values())
+
+
 def test_a_recipe_extends_another(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: demo/lolcats\nmixer: {window: 32}\nevaluation: null\n")
     mine, base = Recipe.load(tmp_path / "mine.yaml"), Recipe.load("demo/lolcats")

@@ -24,6 +24,7 @@ from linearize.device import default_device
 from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.config import EvalConfig
 from linearize.evals.finite import nulled
+from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
 from linearize.evals.parts import Parts, files_made_of, model_made_of, named_files, text_made_of
@@ -31,6 +32,7 @@ from linearize.evals.probe_views import as_text, probe_views
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
 from linearize.evals.task_groups import GROUPS
+from linearize.evals.workload import summary, works_on
 from linearize.hf.folder import read_mapping, recipe_in
 from linearize.hf.load import hub_file, load
 from linearize.model_names import resolve_model
@@ -142,7 +144,7 @@ def evaluate(
         device: where to run. Default: a GPU if there is one.
         trust_remote_code: import mixers of your own that the checkpoint names as `module:Class`, and run code of the
             teacher's repository; see `linearize.load`.
-        say: receives what is being measured, a line each.
+        say: receives what will be measured and how much that is, then what is being measured.
 
     Raises:
         UserError: when a model, text or task cannot be read, or a setting does not fit.
@@ -179,29 +181,32 @@ def evaluate(
         sample_prompt=sample_prompt,
         batch_size=batch_size,
     )
-    model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    config = asked.model_copy(update={"lengths": asked.lengths or _lengths(data, model)})
-    check_lengths(model, config.lengths)
-    token_ids = eval_tokens(config, tokenizer, data)
-    environment = _environment(model)
-    weights = environment["dtype"].removeprefix("torch.")
-    vocabulary = tokenizer.get_vocab()
-
-    def load_teacher() -> tuple[Any, Any]:
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model, tokenizer = load(resolve_model(str(teacher)), dtype=weights, device=device, **options)
-        if tokenizer.get_vocab() != vocabulary:
-            raise UserError(
-                f"{teacher} and {name} have different tokenizers, their losses per token cannot be compared; "
-                "choose another `teacher` or teacher=False"
-            )
-        return model, tokenizer
-
     with local_tasks(tasks_from) as (folders, local):
         if ours := sorted(set(local) & GROUPS.keys()):
             raise UserError(f"{tasks_from}: {ours[0]!r} is the name of a group of the hub's tasks; give it another")
-        config = config.model_copy(update={"tasks": config.tasks or local})
+        asked = asked.model_copy(update={"tasks": asked.tasks or local})
         paths = [*folders, *([] if include_path is None else [include_path])]
+        if asked.tasks:
+            say(f"reading the questions of {', '.join(asked.tasks)}")
+        questions = fetch_tasks(asked.tasks, paths, limit)
+        model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        config = asked.model_copy(update={"lengths": asked.lengths or _lengths(data, model)})
+        check_lengths(model, config.lengths)
+        token_ids = eval_tokens(config, tokenizer, data)
+        environment = _environment(model)
+        weights = environment["dtype"].removeprefix("torch.")
+        vocabulary = tokenizer.get_vocab()
+
+        def load_teacher() -> tuple[Any, Any]:
+            options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+            model, tokenizer = load(resolve_model(str(teacher)), dtype=weights, device=device, **options)
+            if tokenizer.get_vocab() != vocabulary:
+                raise UserError(
+                    f"{teacher} and {name} have different tokenizers, their losses per token cannot be compared; "
+                    "choose another `teacher` or teacher=False"
+                )
+            return model, tokenizer
+
         told_length = config.lengths[0] if data is None else data.seq_len
         settings: dict[str, Any] = {"config": config, "token_ids": token_ids, "seq_len": told_length}
 
@@ -219,11 +224,17 @@ def evaluate(
                 "environment": environment,
             }
         parts = Parts(output, made_of, say)
+        works = works_on(model, config, told_length, teacher=bool(teacher), questions=questions)
+        say(
+            "\n  ".join(
+                ["to be measured, what fits it on the teacher too:" if teacher else "to be measured:", *summary(works)]
+            )
+        )
 
         def take(who: str, model: Any, tokenizer: Any, beside: Any = None) -> Measurement:
             options = {**settings, "include_path": paths, "teacher": beside}
             options["keep"] = lambda part, measured: parts.take(f"{who}: {part}", measured)
-            return measure(model, tokenizer, **options, say=lambda what: say(f"{who}: {what}"))
+            return measure(model, tokenizer, **options, say=lambda what: say(f"measuring {who}: {what}"))
 
         together = divergence or any(probe_of(probe).needs_teacher for probe in config.probes)
         source = load_teacher() if teacher and together else None

@@ -18,6 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from linearize.errors import UserError
+from linearize.evals.progress import on_a_terminal
 from linearize.evals.text import evaluating
 from linearize.hf.auto import register
 from linearize.hf.load import load
@@ -121,7 +122,7 @@ class LinearizeLM(HFLM):
         while True:
             self._batch, self._tried = (0, 0), (0, 0)
             try:
-                return run(requests, disable_tqdm=disable_tqdm)
+                return run(requests, disable_tqdm=disable_tqdm or not on_a_terminal())
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise

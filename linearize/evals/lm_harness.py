@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import random
@@ -18,10 +19,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from linearize.errors import UserError, did_you_mean
 from linearize.evals.finite import watching
 from linearize.evals.items import Asked, Items, items_of
+from linearize.evals.progress import on_a_terminal
 from linearize.evals.task_groups import GROUPS, asked_groups, expand, group_mean, leaves
 from linearize.evals.text import evaluating
 
@@ -90,22 +93,50 @@ def lm_eval_tasks(
             "next to impossible; leave out tasks that report one"
         ) from error
     except ConnectionError as error:
-        raise UserError(
-            f"the questions of {', '.join(names)} could not be fetched: {error}; check the network and HF_HUB_OFFLINE, "
-            "or ask questions of your own with --tasks-from"
-        ) from error
+        raise _no_questions(", ".join(names), error) from error
     return _read(found, tasks, _own(manager, include_path), lost)
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise the UserErrors of `lm_eval_tasks` that need no model."""
+def fetch_tasks(
+    tasks: Sequence[str],
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    limit: int | None = None,
+) -> dict[str, int]:
+    """Read the questions of all tasks, from the hub where they are not in its cache: what is missing is then known
+    before anything is measured.
+
+    Returns:
+        {task: how many of its questions will be asked}, of a group of the harness those of all its tasks.
+
+    Raises:
+        UserError: when the harness is missing, a task is unknown, or its questions cannot be had.
+    """
     if not tasks:
-        return
+        return {}
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise _no_harness(error) from error
-    _task_manager(expand(tasks), None)
+    names = expand(tasks)
+    manager = _task_manager(names, include_path)
+    counts = {}
+    for name in names:
+        try:
+            with own_random_numbers():
+                sizes = [len(task.eval_docs) for task in manager.load([name])["tasks"].values()]
+        except Exception as error:  # whatever datasets, the hub's client and the code of a task raise
+            raise _no_questions(name, error) from error
+        counts[name] = sum(min(size, limit or size) for size in sizes)
+    return counts
+
+
+def _no_questions(task: str, error: Exception) -> UserError:
+    return UserError(
+        f"task {task}: its questions cannot be read ({type(error).__name__}: {error}). If they come from the hub, "
+        "check the network, and that HF_DATASETS_OFFLINE and HF_HUB_OFFLINE are set only where its cache holds them; "
+        "if the task file is your own, check it; or leave the task out. `linearize evaluate --tasks-from FOLDER` asks "
+        "questions of your own without the hub"
+    )
 
 
 def _no_harness(error: ImportError) -> UserError:
@@ -136,15 +167,19 @@ def own_random_numbers() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Inside the context the harness neither looks for git and pip, which takes seconds and can print errors that are
-    none, nor warns that a model is in memory.
+    none, nor warns that a model is in memory, nor draws a bar that nobody sees.
     """
     from lm_eval import evaluator
+    from lm_eval.api import task
 
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     with (
         mock.patch.object(evaluator, "get_git_commit_hash", lambda: None),
         mock.patch.object(evaluator, "add_env_info", lambda results: None),
+        mock.patch.object(
+            task, "tqdm", functools.partial(tqdm, desc="prompts", leave=False, disable=not on_a_terminal())
+        ),
     ):
         logger.setLevel(logging.ERROR)
         try:
@@ -215,12 +250,20 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | Sequence[str 
         manager = TaskManager(include_path=paths, include_defaults=False)
         if all(manager.match_tasks([task]) for task in tasks):
             return manager
-    manager = TaskManager(include_path=paths or None)
+    manager = TaskManager(include_path=paths) if paths else _all_of_the_harness()
     for task in tasks:
         if not manager.match_tasks([task]):
             hint = did_you_mean(task, [*manager.all_tasks, *GROUPS]).split("known:")[0].rstrip("; ")
             raise UserError(f"unknown lm-eval task {task!r}{hint}; `lm_eval ls tasks` lists them")
     return manager
+
+
+@functools.cache
+def _all_of_the_harness() -> Any:
+    """A task manager of the harness's own tasks."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _folders(include_path: str | Path | Sequence[str | Path] | None) -> list[str | Path]:

@@ -18,17 +18,19 @@ import torch
 
 from linearize.data import DataConfig, check_source, tokens_of
 from linearize.errors import UserError
+from linearize.evals import workload
 from linearize.evals.agreement import agreement
 from linearize.evals.config import EvalConfig
 from linearize.evals.divergence import divergence_on_text
 from linearize.evals.finite import BROKEN, nulled, places, watching
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.measurement import Measurement
-from linearize.evals.probes.base import Probe, Subject, probe_of
-from linearize.evals.recall_score import CASES, generate_greedily, padding_id, recall
+from linearize.evals.probes.base import Probe, Subject
+from linearize.evals.progress import progress
+from linearize.evals.recall_score import generate_greedily, padding_id, recall
 from linearize.evals.text import branch_losses, evaluating, loss_on_text
+from linearize.evals.workload import Work, recall_cases, works_on
 from linearize.positions import learned
-from linearize.registry import known_family
 from linearize.swap import swapped, teacher_path
 
 __all__ = ["Measurement", "eval_tokens", "measure"]
@@ -77,8 +79,8 @@ def measure(
     subject = Subject(
         model=model, tokenizer=tokenizer, text=token_ids, seq_len=seq_len, batch_size=config.rows, teacher=source
     )
-    for name, take in _parts(subject, config, lengths, include_path, teacher):
-        result.add(keep(name, partial(_taken, name, take, say)))
+    for work, take in _parts(subject, config, lengths, include_path, teacher):
+        result.add(keep(work.name, partial(_taken, work, take, say)))
     return result
 
 
@@ -93,55 +95,40 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
         )
 
 
-def _taken(name: str, take: Callable[[], Measurement], say: Callable[[str], Any]) -> Measurement:
+def _taken(work: Work, take: Callable[[], Measurement], say: Callable[[str], Any]) -> Measurement:
     """A part, with a note if any of its numbers is none."""
-    say(name)
-    found = take()
+    say(work.name)
+    with progress(work.name, work.tokens):
+        found = take()
     told = dataclasses.asdict(dataclasses.replace(found, tasks={}, probes=[]))  # those have notes of their own
     bad, n = places(told)
     if bad:
-        found.notes.append(f"{name}: {bad} of {n} numbers are not finite and left out: {BROKEN}")
+        found.notes.append(f"{work.name}: {bad} of {n} numbers are not finite and left out: {BROKEN}")
     for note in found.notes:
         if BROKEN in note:
             logger.warning("%s", note)
     return found
 
 
-Part = tuple[str, Callable[[], Measurement]]
+Part = tuple[Work, Callable[[], Measurement]]
 
 
 def _parts(subject: Subject, config: EvalConfig, lengths: list[int], include_path: Any, teacher: Any) -> Iterator[Part]:
-    """Name of each part that is asked for and fits the model, and what takes it."""
-    model, source, text = subject.model, subject.teacher, subject.text
+    """Each part that is asked for and fits the model, and what takes it."""
+    model, text = subject.model, subject.text
     scoring: dict[str, Any] = {"windows": config.windows, "batch_size": config.rows}
-    family = known_family(model.config)
-    if family is not None and not family.causal:
-        yield "agreement", lambda: _agreement(model, config, text, lengths, scoring)
-        return
-    yield "losses", lambda: Measurement(losses=[loss_on_text(model, text, length=n, **scoring) for n in lengths])
-    if source is not None and config.divergence:
-        apart = partial(divergence_on_text, model, source, text, **scoring)
-        yield "divergence from the teacher", lambda: Measurement(divergence=[apart(length=n) for n in lengths])
-    if config.branches:
-        yield "branches", lambda: Measurement(branches=branch_losses(model, text, lengths=lengths, **scoring))
-    if config.recall:
-        yield "recall", lambda: _recall(subject, config)
-    if config.tasks:
-        yield f"tasks {', '.join(config.tasks)}", lambda: _tasks(subject, config, include_path)
-    asked: list[str] = []
-    for values in config.probes:
-        probe = probe_of(values)
-        if _fits(probe, subject):
-            asked.append(values["type"])
-            number = f" ({n})" if (n := asked.count(values["type"])) > 1 else ""
-            yield f"probe {values['type']}{number}", partial(_probed, probe, subject, teacher)
-    if config.sample_prompt is not None:
-        yield "sample", partial(_sample, subject, config.sample_prompt, config.sample_tokens)
-
-
-def _fits(probe: Probe, subject: Subject) -> bool:
-    mixers = any(not layer.teacher for layer in swapped(subject.model).values())
-    return not (probe.needs_teacher and subject.teacher is None) and not (probe.needs_mixers and not mixers)
+    takes: dict[str, Callable[[], Measurement]] = {
+        workload.AGREEMENT: lambda: _agreement(model, config, text, lengths, scoring),
+        workload.LOSSES: lambda: Measurement(losses=[loss_on_text(model, text, length=n, **scoring) for n in lengths]),
+        workload.DIVERGENCE: lambda: _divergence(subject, lengths, scoring),
+        workload.BRANCHES: lambda: Measurement(branches=branch_losses(model, text, lengths=lengths, **scoring)),
+        workload.RECALL: lambda: _recall(subject, config),
+        workload.TASKS: lambda: _tasks(subject, config, include_path),
+        workload.SAMPLE: lambda: _sample(subject, config.sample_prompt or "", config.sample_tokens),
+    }
+    asked = config.model_copy(update={"lengths": lengths})
+    for work in works_on(model, asked, subject.seq_len, teacher=subject.teacher is not None):
+        yield work, takes[work.kind] if work.probe is None else partial(_probed, work.probe, subject, teacher)
 
 
 def _source_of(model: Any, has_teacher: bool, teacher: Any) -> Callable[[], AbstractContextManager[Any]] | None:
@@ -167,11 +154,15 @@ def _agreement(model: Any, config: EvalConfig, text: torch.Tensor, lengths: list
     return found
 
 
+def _divergence(subject: Subject, lengths: list[int], scoring: dict) -> Measurement:
+    assert subject.teacher is not None
+    apart = partial(divergence_on_text, subject.model, subject.teacher, subject.text, **scoring)
+    return Measurement(divergence=[apart(length=n) for n in lengths])
+
+
 def _recall(subject: Subject, config: EvalConfig) -> Measurement:
-    cases = CASES if config.recall is True else config.recall
-    assert not isinstance(cases, bool)
     how = {"items_per_case": config.recall_items, "batch_size": config.rows}
-    scores = recall(subject.model, subject.tokenizer, subject.text, cases, **how)
+    scores = recall(subject.model, subject.tokenizer, subject.text, recall_cases(config), **how)
     what = {True: "has no result", False: "was not asked"}
     notes = [
         f"recall of {r.facts} fact(s) over {r.distance} tokens {what[r.n > 0]}: {r.skipped}"

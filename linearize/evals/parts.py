@@ -14,18 +14,26 @@ from typing import Any
 
 import torch
 
-from linearize.errors import write_whole
+from linearize.errors import is_partial, write_whole
 from linearize.evals.measurement import Measurement
 from linearize.hf.load import hub_file
 from linearize.schema import differences
 
+SUFFIX = ".parts"
+"""What the name of a report ends with while its parts are taken."""
 MODEL_FILES = (
     "*.safetensors*",
     "config.json",
     "generation_config.json",
-    "*token*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "*.tiktoken",
     "vocab*",
     "merges*",
+    "*.model",
+    "*.spm",
     "*.py",
     "*.jinja",
 )
@@ -81,7 +89,7 @@ class Parts:
 
 
 def _beside(report: Path) -> Path:
-    return report.with_name(f"{report.name}.parts")
+    return report.with_name(f"{report.name}{SUFFIX}")
 
 
 def model_made_of(name: str, revision: str | None = None) -> Any:
@@ -95,8 +103,9 @@ def model_made_of(name: str, revision: str | None = None) -> Any:
 
 
 def files_made_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Path, bytes and time of the last change of each file."""
-    stats = [(str(path.resolve()), path.stat()) for path in sorted(files) if path.is_file()]
+    """Path, bytes and time of the last change of each file, but for what evaluations keep there, under any name."""
+    kept = (path for path in sorted(files) if not (path.name.endswith(SUFFIX) or is_partial(path)))
+    stats = [(str(path.resolve()), path.stat()) for path in kept if path.is_file()]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 

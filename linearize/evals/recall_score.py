@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from linearize.evals.finite import BROKEN, watching
+from linearize.evals.progress import advance
 from linearize.evals.recall import LEAD, RecallItem, make_prompt
 from linearize.evals.statistics import wilson
 from linearize.evals.text import evaluating
@@ -80,7 +81,10 @@ def recall(
             continue
         batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
         with watching(model) as broken:
-            right = sum(_count_right(model, tokenizer, batch) for batch in batches)
+            right = 0
+            for batch in batches:
+                right += _count_right(model, tokenizer, batch)
+                advance(sum(len(item.input_ids) + len(item.answer_ids) for item in batch))
             if broken():
                 scores.append(RecallScore(facts, distance, None, len(items), skipped=BROKEN))
                 continue

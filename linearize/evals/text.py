@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linearize.errors import UserError
+from linearize.evals.progress import advance
 from linearize.mixers.base import branch_off, branches_of
 from linearize.swap import swapped
 
@@ -85,7 +86,9 @@ def windows_of(
     """The windows of `spread_windows`, whose errors these are: [B, length], at most `rows` at once, on `device`."""
     starts = spread_windows(len(token_ids), length, windows)
     for first in range(0, len(starts), rows):
-        yield torch.stack([token_ids[start : start + length] for start in starts[first : first + rows]]).to(device)
+        batch = torch.stack([token_ids[start : start + length] for start in starts[first : first + rows]])
+        yield batch.to(device)
+        advance(batch.numel())
 
 
 def loss_on_text(

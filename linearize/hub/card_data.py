@@ -49,7 +49,7 @@ def card_data(recipe: Recipe, plan: Plan, measurements: Mapping[str, Measurement
     if measurements and (last := list(measurements)[-1]) != "teacher" and recipe.evaluation is not None:
         told = recipe.evaluation
         on = held_out(told.text, told.split, recipe.data.source, recipe.data.name)
-        results = eval_results(measurements[last], **on)
+        results = eval_results(measurements[last], **on, teacher=recipe.model.name)
     data = ModelCardData(
         **source_metadata(source, recipe.model.revision),
         library_name="transformers",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.evals.items import Asked
+from linearize.model_names import ALIASES
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -34,6 +35,14 @@ def is_hub_dataset(source: str) -> bool:
     return not local and HUB_NAME.fullmatch(source) is not None
 
 
+def model_name(name: str) -> str:
+    """A model as strangers know it: an alias as its hub name, a folder by its own name alone."""
+    name = ALIASES.get(name, name)
+    path = Path(name).expanduser()
+    local = name != "demo" and (path.exists() or HUB_NAME.fullmatch(name) is None)
+    return path.resolve().name if local else name
+
+
 def held_out(text: str | None, split: str | None, source: str, name: str | None) -> dict[str, Any]:
     """On which text losses were taken, as arguments of `eval_results`.
 
@@ -49,7 +58,13 @@ def held_out(text: str | None, split: str | None, source: str, name: str | None)
 
 
 def eval_results(
-    m: Measurement, *, text: str, split: str | None, name: str | None = None, limit: int | None = None
+    m: Measurement,
+    *,
+    text: str,
+    split: str | None,
+    name: str | None = None,
+    limit: int | None = None,
+    teacher: str | None = None,
 ) -> list[EvalResult]:
     """The measurements of one model in the structured form of model cards.
 
@@ -59,6 +74,8 @@ def eval_results(
         split: its split.
         name: configuration of that data set.
         limit: questions asked of each task at most, where `m` does not say itself how it was asked.
+        teacher: the model that predictions were compared with: an alias, a hub name or a folder (of which only the name
+            is told); None where that is not known.
     """
     shown = text if is_hub_dataset(text) or text == "demo" else Path(text).name
     on = {"dataset_type": shown, "dataset_name": shown, "dataset_config": name, "dataset_split": split}
@@ -66,16 +83,18 @@ def eval_results(
     for p in m.losses:
         label = f"loss at {p.length:,} tokens, {p.windows:,} windows (nats per token)"
         found.append(_result("loss", p.loss, label, {"length": p.length, "windows": p.windows}, **on))
+    compared = {} if teacher is None else {"teacher": model_name(teacher)}
     for d in m.divergence:  # on the windows of the losses
-        label = f"KL to the teacher at {d.length:,} tokens (nats)"
+        label = f"KL to {compared.get('teacher', 'the teacher')} at {d.length:,} tokens (nats)"
         taken = [{"windows": p.windows} for p in m.losses if p.length == d.length]
-        found.append(_result("kl_divergence", d.kl, label, {"length": d.length, **(taken or [{}])[0]}, **on))
+        args = {"length": d.length, **(taken or [{}])[0], **compared}
+        found.append(_result("kl_divergence", d.kl, label, args, **on))
     synthetic = {"dataset_type": "synthetic-recall", "dataset_name": "Synthetic recall"}
     for r in m.recall:
         if r.exact_match is not None:
             label = f"recall of {r.facts} fact{'s' * (r.facts > 1)} over {r.distance:,} tokens, {r.n} questions"
-            args = {"facts": r.facts, "distance": r.distance, "questions": r.n}
-            found.append(_result("exact_match", r.exact_match, label, args, **synthetic))
+            asked = {"facts": r.facts, "distance": r.distance, "questions": r.n}
+            found.append(_result("exact_match", r.exact_match, label, asked, **synthetic))
     for task, metrics in m.tasks.items():
         found += _of_task(task, metrics, m.asked.get(task) or _guessed(m, task, limit))
     return [result for result in found if math.isfinite(result.metric_value)]

@@ -97,7 +97,7 @@ def _results(report: Report, recipe: Mapping[str, Any]) -> list[EvalResult]:
     told, data = report.settings, recipe.get("data")
     data = data if isinstance(data, Mapping) else {}
     on = held_out(told.get("text"), told.get("split"), data.get("source") or "demo", data.get("name"))
-    return eval_results(report.student, **on, limit=told.get("limit"))
+    return eval_results(report.student, **on, limit=told.get("limit"), teacher=report.teacher_model)
 
 
 def _of_lines(old: str, new: str) -> list[str]:

@@ -20,12 +20,12 @@ from linearize.evals.standard_views import standard_views
 from linearize.evals.table import noted, union
 from linearize.evals.views import Table, View
 from linearize.report import conditions, html
+from linearize.report.conversion_views import cache_views, layer_views, schedule_views, speed_views, training_views
 from linearize.report.conversions import mixer_name
 from linearize.report.figures import Style
 from linearize.report.gallery import MANY, Gallery
 from linearize.report.sources import Source, Sources, read_sources
 from linearize.report.summary import points_table, samples_tables, summary_table, tasks_table, teachers_of, tiles
-from linearize.report.views import cache_views, layer_views, schedule_views, speed_views, training_views
 
 
 def write_page(

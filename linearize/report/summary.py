@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from linearize.evals.measure import Measurement
 from linearize.evals.table import NOTHING, case_name, percent, shown_prompt, union
 from linearize.evals.views import Table
+from linearize.report.conversion_views import cache_bytes
 from linearize.report.conversions import mixer_name
 from linearize.report.numerals import short
 from linearize.report.sources import Source
-from linearize.report.views import cache_bytes
 
 Cell = str | float | None
 LONG = 131072

@@ -13,14 +13,14 @@ import torch
 from linearize.evals import measure as measuring
 from linearize.evals.evaluate import Report, evaluate
 from linearize.evals.measurement import Measurement
-from linearize.evals.parts import Parts, model_made_of
+from linearize.evals.parts import Parts, files_made_of, model_made_of
 from linearize.evals.text import TextLoss
 
 SETTINGS: dict[str, Any] = {"windows": 2, "lengths": [32], "recall": [(1, 30)], "recall_items": 2, "device": "cpu"}
 SETTINGS |= {"probes": ["kl_by_position", {"type": "mqar", "pairs": 4, "queries": 1, "lengths": [400], "items": 1}]}
 PARTS = ["losses", "divergence from the teacher", "branches", "recall", "probe kl_by_position", "probe mqar"]
 OF_THE_STUDENT = [f"student: {part}" for part in PARTS]
-OF_THE_TEACHER = [f"teacher: {part}" for part in PARTS if "kl_by" not in part and "divergence" not in part]
+OF_THE_TEACHER = [f"teacher: {part}" for part in ("losses", "recall", "probe mqar")]
 REUSED = ": taken over from the run before"
 
 
@@ -42,24 +42,26 @@ def stop_at(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt the evaluation when that part is to be taken."""
     taken = measuring._taken
 
-    def until(name: str, take: Any, say: Any) -> Measurement:
-        if name == part:
+    def until(work: Any, take: Any, say: Any) -> Measurement:
+        if work.name == part:
             raise KeyboardInterrupt
-        return taken(name, take, say)
+        return taken(work, take, say)
 
     monkeypatch.setattr(measuring, "_taken", until)
 
 
 def run(folder: Path, output: Path | None, **changes: Any) -> tuple[Report, list[str]]:
+    """The report, and what was said but for the plan."""
     said: list[str] = []
-    return evaluate(folder, output=output, say=said.append, **{**SETTINGS, **changes}), said
+    report = evaluate(folder, output=output, say=said.append, **{**SETTINGS, **changes})
+    return report, [line.removeprefix("measuring ") for line in said if not line.startswith("to be measured")]
 
 
-@pytest.mark.parametrize("part", ["recall", "probe mqar"])
+@pytest.mark.parametrize(("part", "name"), [("recall", "evaluated.json"), ("probe mqar", "tokenizer-evaluated.json")])
 def test_a_stopped_evaluation_goes_on_and_gives_the_same(
-    part: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str, name: str, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = student / "evaluated.json"  # reports may lie in the folder of the model
+    output = student / name  # reports may lie in the folder of the model
     whole, said = run(student, None)
     assert said == [*OF_THE_STUDENT, *OF_THE_TEACHER]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -74,7 +76,7 @@ def test_a_stopped_evaluation_goes_on_and_gives_the_same(
     assert found.student.losses == whole.student.losses and found.teacher == whole.teacher
     assert found.student.probes == json.loads(json.dumps(whole.student.probes))
     assert Report.from_json(output) == found
-    assert [path.name for path in student.glob("*evaluated*")] == ["evaluated.json"], "nothing is left behind"
+    assert [path.name for path in student.glob("*evaluated*")] == [name], "nothing is left behind"
 
 
 def test_what_was_taken_on_the_teacher_too_is_taken_over(
@@ -82,12 +84,12 @@ def test_what_was_taken_on_the_teacher_too_is_taken_over(
 ) -> None:
     before = measuring._taken
     count = iter(range(100))
-    monkeypatch.setattr(measuring, "_taken", lambda *how: before(*how) if next(count) < 8 else pytest.exit("stopped"))
+    monkeypatch.setattr(measuring, "_taken", lambda *how: before(*how) if next(count) < 7 else pytest.exit("stopped"))
     with pytest.raises(pytest.exit.Exception):
         run(student, tmp_path / "report.json")
     monkeypatch.setattr(measuring, "_taken", before)
     _, said = run(student, tmp_path / "report.json")
-    assert [line for line in said if line.endswith(REUSED)] == [n + REUSED for n in OF_THE_STUDENT + OF_THE_TEACHER[:2]]
+    assert [line for line in said if line.endswith(REUSED)] == [n + REUSED for n in OF_THE_STUDENT + OF_THE_TEACHER[:1]]
 
 
 @pytest.mark.parametrize("change", ["settings", "text", "model", "teacher", "questions"])
@@ -135,7 +137,18 @@ def test_parts_that_are_no_numbers_come_back_as_such(tmp_path: Path) -> None:
 
 def test_a_model_is_told_by_its_files_and_not_by_reports(student: Path) -> None:
     before = model_made_of(str(student))
-    (student / "report.json").write_text("{}")
-    assert model_made_of(str(student)) == before
+    names = ["report.json", "my-token.json", "my-token.json.parts", "vocab.parts", "tokenizer.json.parts"]
+    for name in [*names, ".tokenizer.json.parts.partial", "model.safetensors.json.parts"]:
+        (student / name).write_text("{}")
+        assert model_made_of(str(student)) == before, name
+    (student / "tokenizer_config.json").write_text("{}")
+    assert (changed := model_made_of(str(student))) != before
     torch.save({}, student / "model.safetensors")
-    assert model_made_of(str(student)) != before
+    assert model_made_of(str(student)) != changed
+
+
+def test_a_report_among_the_questions_does_not_change_what_they_are(tmp_path: Path) -> None:
+    (questions := tmp_path / "copa.jsonl").write_text("{}")
+    before = files_made_of(tmp_path.rglob("*"))
+    (tmp_path / "copa.json.parts").write_text("{}")
+    assert files_made_of(tmp_path.rglob("*")) == before and [Path(path) for path, *_ in before] == [questions]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from linearize.errors import UserError
-from linearize.evals.lm_harness import lm_eval_tasks
+from linearize.evals import evaluate as evaluating
+from linearize.evals.lm_harness import fetch_tasks, lm_eval_tasks
 
 ROWS = [
     {"query": "one two", "choices": [" three", " zebra crossing"], "gold": 0},
@@ -76,3 +77,32 @@ def test_random_numbers_go_on_as_if_no_task_had_run(converted, pico_tokenizer, t
 def test_missing_folder_is_named(converted, pico_tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"no folder .*nowhere"):
         lm_eval_tasks(converted("lolcats"), pico_tokenizer, ["x"], include_path=tmp_path / "nowhere")
+
+
+def test_questions_are_counted_before_they_are_asked(task_folder):
+    assert fetch_tasks([]) == {}
+    assert fetch_tasks(["tiny_choice"], task_folder) == {"tiny_choice": 4}
+    assert fetch_tasks(["tiny_choice"], task_folder, limit=3) == {"tiny_choice": 3}
+
+
+def test_questions_that_cannot_be_had_are_named_before_weights_are_loaded(task_folder, monkeypatch):
+    """The second of two tasks lies on the hub, and there is no network in tests."""
+    absent = TASK.format(data="x").replace("tiny_choice", "absent").replace("path: json", "path: lab/absent")
+    (task_folder / "absent.yaml").write_text(absent.replace("dataset_kwargs: {data_files: {test: x}}\n", ""))
+    monkeypatch.setattr(evaluating, "load", lambda *args, **options: pytest.fail("weights were loaded"))
+    said = []
+    with pytest.raises(UserError, match=r"task absent: its questions cannot be read .*lab/absent") as error:
+        tasks = {"tasks": ["tiny_choice", "absent"], "include_path": task_folder}
+        evaluating.evaluate("demo", **tasks, device="cpu", say=said.append)
+    assert all(remedy in str(error.value) for remedy in ("network", "HF_DATASETS_OFFLINE", "--tasks-from"))
+    assert said == ["reading the questions of tiny_choice, absent"], "nothing was measured"
+
+
+def test_no_bar_is_drawn_where_nobody_sees_it(converted, pico_tokenizer, task_folder, capsys, monkeypatch):
+    ask = {"tasks": ["tiny_choice"], "include_path": task_folder}
+    lm_eval_tasks(converted("lolcats"), pico_tokenizer, **ask)
+    assert "%|" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    lm_eval_tasks(converted("lolcats"), pico_tokenizer, **ask)
+    drawn = capsys.readouterr().err
+    assert "prompts:" in drawn and "Running loglikelihood requests" in drawn

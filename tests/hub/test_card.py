@@ -65,7 +65,7 @@ def test_results_are_read_back_as_they_were_measured(tmp_path: Path) -> None:
     assert by_value == {
         3.25: {"length": 64, "windows": 1},
         3.5: {"length": 128, "windows": 2},
-        0.125: {"length": 64, "windows": 1},
+        0.125: {"length": 64, "windows": 1, "teacher": "demo"},
         0.5: {"facts": 1, "distance": 200, "questions": 16},
         0.61: {"stderr": 0.02},
         0.63: None,
@@ -146,9 +146,30 @@ def test_of_equal_measurements_the_last_one_counts() -> None:
     elsewhere = eval_results(first, text="demo", split="train")
     assert len(merged([*results, *elsewhere])) == 4
     card = for_repository(
-        card_of("demo", student=measured()), "ada/x", results=eval_results(measured(), text="demo", split="dev")
+        card_of("demo", student=measured()),
+        "ada/x",
+        results=eval_results(measured(), text="demo", split="dev", teacher="demo"),
     )
     assert len(ModelCard(card).data.eval_results or []) == 7
+
+
+@pytest.mark.parametrize(
+    ("teacher", "shown"),
+    [
+        ("demo", "demo"),
+        ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"),
+        ("ada/other", "ada/other"),
+        ("/mnt/ada/secret/other", "other"),
+        ("", "the teacher"),
+    ],
+)
+def test_a_divergence_names_the_model_it_is_from(teacher: str, shown: str, tmp_path: Path) -> None:
+    on: dict[str, Any] = {"text": "demo", "split": "dev"}
+    kl = [r for r in eval_results(measured(), **on, teacher=teacher or None) if r.metric_type == "kl_divergence"]
+    assert [r.metric_name for r in kl] == [f"KL to {shown} at 64 tokens (nats)"]
+    assert (kl[0].metric_args or {}).get("teacher", "the teacher") == shown
+    own = [r for r in eval_results(measured(), **on, teacher="ada/own") if r.metric_type == "kl_divergence"]
+    assert len(merged([*own, *kl])) == 2, "another teacher is another measurement"
 
 
 def test_licences_beside_a_local_source_go_along(source: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from linearize.errors import UserError
+from linearize.evals.divergence import Divergence
 from linearize.evals.evaluate import Report
 from linearize.evals.items import Asked
 from linearize.evals.measure import Measurement
@@ -133,6 +134,16 @@ def test_published_files_name_no_path_of_this_machine(folder: Path) -> None:
     assert (again["model"], again["teacher_model"], again["settings"]["text"]) == ("student", "t", "held.txt")
     assert again["student"]["notes"] == ["b.txt is short"]
     assert {path: path.read_bytes() for path in before} == before, "the folder's own files stay"
+
+
+def test_results_of_a_report_name_its_teacher(folder: Path) -> None:
+    student = Measurement(divergence=[Divergence(64, 0.5, 0.25)])
+    Report(str(folder), student, "ada/other", None, {"text": "demo", "split": "dev"}, {}).to_json(folder / "r.json")
+    found = publish(contents(folder), folder, "ada/x", adapter_of=None, read_source=False)
+    card = found.files["README.md"]
+    assert isinstance(card, bytes)
+    (kl,) = [r for r in ModelCard(card.decode()).data.eval_results or [] if r.metric_value == 0.5]
+    assert kl.metric_name == "KL to ada/other at 64 tokens (nats)" and kl.metric_args["teacher"] == "ada/other"
 
 
 def test_a_dry_run_tells_what_would_change(folder: Path) -> None:

@@ -23,6 +23,9 @@ from linearize.positions import learned
 from linearize.registry import find, keys
 from linearize.schema import Strict, user_error
 
+Rows = Sequence[tuple[int, int]]
+"""(number, tokens of each) of windows of text, or of questions with their answers; 0 tokens where that is open."""
+
 
 class ProbeConfig(Strict):
     """Settings of every probe."""
@@ -88,8 +91,19 @@ class Probe:
     """Whether the result itself has None, or a number that is not finite, where predictions are NaN or infinite. The
     results of other probes are dropped if any prediction was."""
 
+    unit: ClassVar[str] = "windows"
+    """What `rows` counts."""
+
     def __init__(self, config: Any):
         self.config = config
+
+    def rows(self, seq_len: int) -> Rows:
+        """What will be read where nothing is too short for it, to be told before; empty where that is not known.
+
+        Args:
+            seq_len: the training length.
+        """
+        return []
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """Measure. The model is as it was afterwards.

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject, layer_bars
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject, layer_bars
 from linearize.evals.views import HeatMap, Lines, Number, Table, View
 from linearize.mixers.parts.combines.base import Combine
 from linearize.mixers.parts.decays.base import Decay
@@ -43,6 +43,10 @@ class Gates(Probe):
 
     Config = GatesConfig
     needs_mixers = True
+
+    def rows(self, seq_len: int) -> Rows:
+        """The windows."""
+        return [(self.config.windows, self.config.length or seq_len)]
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"tokens", "layers": [...], "lives": [[half-life, share]], "notes"}`.

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field, PositiveInt
 
 from linearize.errors import UserError
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
+from linearize.evals.progress import advance
 from linearize.evals.recall import alike
 from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
@@ -40,6 +41,16 @@ class GenerationAgreement(Probe):
     Config = GenerationAgreementConfig
     needs_teacher = True
 
+    unit = "prompts"
+
+    def rows(self, seq_len: int) -> Rows:
+        """The prompts with what follows."""
+        return [(self.config.prompts, self._prompt(seq_len) + self.config.tokens)]
+
+    def _prompt(self, seq_len: int) -> int:
+        """Tokens of a prompt."""
+        return self.config.prompt_tokens or max(1, min(seq_len // 2, 128))
+
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"prompts", "prompt_tokens", "tokens", "identical", "low", "high", "common_prefix", "survival", "forced",
         "forced_curve", "forced_tokens"}`: the share of prompts with the same continuation and its 95% Wilson interval,
@@ -52,7 +63,7 @@ class GenerationAgreement(Probe):
         """
         config = self.config
         assert subject.teacher is not None
-        prompt = config.prompt_tokens or max(1, min(subject.seq_len // 2, 128))
+        prompt = self._prompt(subject.seq_len)
         room, _ = subject.fitting(prompt + config.tokens)
         if room < prompt + config.tokens:
             raise UserError(
@@ -72,6 +83,7 @@ class GenerationAgreement(Probe):
             for hits in same:
                 right[: len(hits)] += hits.float()
                 asked[: len(hits)] += 1
+            advance(len(ids) * config.tokens)
         whole = sum(length == config.tokens for length in lengths)
         low, high = wilson(whole, len(lengths))
         return {

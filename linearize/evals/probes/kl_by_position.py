@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, PositiveInt
 
 from linearize.evals.divergence import divergence_by_position
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
 from linearize.evals.text import doubling_edges
 from linearize.evals.views import Lines, View
 from linearize.schema import Count
@@ -32,6 +32,10 @@ class KLByPosition(Probe):
     Config = KLByPositionConfig
     tells_broken = True
     needs_teacher = True
+
+    def rows(self, seq_len: int) -> Rows:
+        """The windows."""
+        return [(self.config.windows, self.config.length or 2 * seq_len)]
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"length", "buckets": [{"first", "end", "kl", "same"}], "notes"}` for positions first <= p < end."""

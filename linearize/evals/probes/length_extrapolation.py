@@ -4,7 +4,8 @@ Text is not equally hard everywhere, so each token beyond the training length is
 before it, and after a short context alone, half the training length to all of it. What the long context adds to the
 loss of the same tokens is the rise. A model that is merely not helped by far context rises by 0. A note names a rise
 above `threshold`: where a state is to blame, Chen et al. 2024 (Stuffed Mamba, arXiv:2410.07145) call it state collapse;
-softmax attention does the same beyond the positions that it was trained on.
+softmax attention does the same beyond the positions that it was trained on. Where a table of positions or the text ends
+earlier, the loss is taken up to there, and a note says why not further.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from linearize.errors import UserError
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
 from linearize.evals.text import doubling_edges, position_losses
 from linearize.evals.views import Lines, View
 
@@ -39,35 +40,47 @@ class LengthExtrapolation(Probe):
     Config = LengthExtrapolationConfig
     tells_broken = True
 
+    def rows(self, seq_len: int) -> Rows:
+        """The windows."""
+        return [(self.config.windows, self.config.times * seq_len)]
+
     def run(self, subject: Subject) -> dict[str, Any]:
-        """`{"seq_len", "length", "windows", "buckets", "notes"}`, a bucket `{"first", "end", "loss", "short", "rise",
-        "error"}` for positions first <= p < end: nats per token after all tokens and after a short context, the
-        difference and its standard error over windows; the last three None up to the training length, the error for one
-        window, and all where they are not finite.
+        """`{"seq_len", "length", "ended", "windows", "buckets", "notes"}`. ended: why nothing longer was measured, None
+        where `times` was reached. A bucket is `{"first", "end", "loss", "short", "rise", "error"}` for positions first
+        <= p < end: nats per token after all tokens and after a short context, the difference and its standard error
+        over windows; the last three None up to the training length, the error for one window, and all where they are
+        not finite.
 
         Raises:
-            UserError: when the text is not longer than the training length.
+            UserError: when training length or text are too short for any loss.
         """
         short = subject.seq_len
         length, notes = subject.fitting(self.config.times * short)
-        if short < 2 or length <= short:
+        ended = "; ".join(notes) if length < self.config.times * short else None
+        if min(short, length) < 2:
             raise UserError(
-                f"probes: length_extrapolation looks beyond the training length of {short} tokens, and the longest "
-                f"window can have {length}; give a longer text, or leave the probe out"
+                f"probes: length_extrapolation predicts tokens from those before, and the training length is {short}, "
+                f"the longest window {length}; give a longer text, or leave the probe out"
             )
+        if length <= short:
+            notes.append(f"nothing beyond the training length of {short} tokens could be measured")
         rows = max(1, subject.batch_size * short // length)  # as many logits at once as at the training length
         full, near = [], []
         for ids in subject.batches(length, self.config.windows, rows):
             full.append(position_losses(subject.model, ids).double().cpu())
-            near.append(short_context_losses(subject.model, ids, short, subject.batch_size).double().cpu())
-        long, few = torch.cat(full), torch.cat(near)  # [W, L - 1], [W, L - short]
-        edges = [*doubling_edges(short), *range(2 * short, length, short), length]
+            if length > short:
+                near.append(short_context_losses(subject.model, ids, short, subject.batch_size).double().cpu())
+        long = torch.cat(full)  # [W, L - 1]
+        few = torch.cat(near) if near else long[:, :0]  # [W, L - short]
+        within = doubling_edges(min(short, length))
+        edges = [*within, *range(2 * short, length, short), *([length] if length > short else [])]
         buckets = [_bucket(long, few, a, b, short) for a, b in pairwise(edges)]
         broken = next((b["first"] for b in buckets if b["loss"] is None), None)
         notes += [] if broken is None else [f"the loss is not finite from position {broken} on"]
         collapse = self._collapse(buckets, short)
         notes += [collapse] if collapse else []
-        return {"seq_len": short, "length": length, "windows": len(long), "buckets": buckets, "notes": notes}
+        found = {"seq_len": short, "length": length, "ended": ended}
+        return {**found, "windows": len(long), "buckets": buckets, "notes": notes}
 
     def _collapse(self, buckets: list[dict[str, Any]], short: int) -> str | None:
         """What to say of the first bucket whose rise is above the threshold, and above twice its standard error."""
@@ -88,6 +101,7 @@ class LengthExtrapolation(Probe):
         lengths = {name: f"{found['seq_len']:,} tokens" for name, found in results.items()}
         same = len(set(lengths.values())) == 1
         told = next(iter(lengths.values())) if same else ", ".join(f"{name} {n}" for name, n in lengths.items())
+        ends = [f"{name}: {why}." for name, found in results.items() if (why := found.get("ended"))]
 
         def curve(key: str) -> dict[str, list[tuple[float, float]]]:
             return {
@@ -96,15 +110,14 @@ class LengthExtrapolation(Probe):
             }
 
         axis: dict[str, Any] = {"x_label": "position (tokens, up to)", "y_label": "nats per token", "log_x": True}
-        return [
-            Lines("Loss beyond the training length", f"Training length: {told}.", series=curve("loss"), **axis),
-            Lines(
-                "What context beyond the training length adds to the loss",
-                "On the same tokens, against a context of the training length at most: below 0 it helps, above, harms.",
-                series=curve("rise"),
-                **axis,
-            ),
-        ]
+        title, note = "Loss beyond the training length", " ".join([f"Training length: {told}.", *ends])
+        views = [Lines(title, note, series=curve("loss"), **axis)]
+        rises = {name: points for name, points in curve("rise").items() if points}
+        if rises:
+            note = "On the same tokens, against a context of the training length at most: below 0 it helps, else harms."
+            title = "What context beyond the training length adds to the loss"
+            views.append(Lines(title, note, series=rises, **axis))
+        return views
 
 
 def short_context_losses(model: Any, ids: torch.Tensor, short: int, rows: int) -> torch.Tensor:

@@ -19,12 +19,14 @@ from pydantic import Field, PositiveInt
 from linearize.errors import UserError
 from linearize.evals import recall
 from linearize.evals.local_tasks import KINDS, read_rows
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
 from linearize.evals.synthetic.score import batches_of, log_likelihoods
 from linearize.evals.views import Bars, Table, View
 from linearize.schema import Seed
 
 LETTERS = "ABCDEFGHIJ"
+OPTIONS = 4
+"""Of the questions about facts."""
 FILLER = 32
 """Tokens of held-out text before each question about facts."""
 
@@ -66,6 +68,11 @@ class OptionPermutation(Probe):
     """Accuracy, consistency and the bias towards letters."""
 
     Config = OptionPermutationConfig
+    unit = "questions"
+
+    def rows(self, seq_len: int) -> Rows:
+        """The questions of its own, in all rotations; how long they are depends on the tokenizer."""
+        return [(self.config.items * OPTIONS, 0)] if self.config.questions is None else []
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"n", "options", "accuracy", "consistent", "chosen": [share of each letter], "right": [accuracy where the
@@ -156,8 +163,8 @@ class OptionPermutation(Probe):
 
 
 def _about_facts(subject: Subject, rng: random.Random) -> Question:
-    told = recall.facts(4, rng)
-    gold = rng.randrange(4)
+    told = recall.facts(OPTIONS, rng)
+    gold = rng.randrange(OPTIONS)
     start = rng.randrange(max(1, len(subject.text) - FILLER))
     filler = subject.tokenizer.decode(subject.text[start : start + FILLER].tolist(), skip_special_tokens=True)
     word, number = told[gold]

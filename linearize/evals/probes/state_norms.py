@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject, layer_bars
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject, layer_bars
 from linearize.evals.text import doubling_edges
 from linearize.evals.views import Lines, View
 from linearize.hf.cache import state_layer
@@ -43,6 +43,10 @@ class StateNorms(Probe):
 
     Config = StateNormsConfig
     needs_mixers = True
+
+    def rows(self, seq_len: int) -> Rows:
+        """The windows."""
+        return [(self.config.windows, self.config.times * seq_len)]
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"seq_len", "length", "layers": [{"layer", "points": [{"tokens", "rms"}], "growth", "rank", "full_rank"}],

@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils._pytree import tree_map
 
 from linearize.errors import UserError
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject, layer_bars
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject, layer_bars
 from linearize.evals.views import View
 from linearize.schema import Count
 from linearize.swap import SwappedAttention, source_weights, student_path, swapped
@@ -38,6 +38,10 @@ class TransferError(Probe):
     Config = TransferErrorConfig
     needs_teacher = True
     needs_mixers = True
+
+    def rows(self, seq_len: int) -> Rows:
+        """The windows."""
+        return [(self.config.windows, self.config.length or seq_len)]
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"tokens", "layers": [{"layer", "error", "cosine", "size"}], "notes"}`.

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from linearize.evals.probes.base import Probe, ProbeConfig, Subject
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
 from linearize.evals.synthetic.items import Fitter, Item, Puzzle, largest
 from linearize.evals.synthetic.score import Score, score
 from linearize.evals.table import percent
@@ -66,6 +66,7 @@ class SyntheticProbe(Probe):
     axis: ClassVar[str] = "case"
     """What the cases are: the rows of the heat map, and a key of the result's cells."""
     tells_broken = True
+    unit = "questions"
     smallest: ClassVar[int | None] = None
     """The smallest `size` of a task whose own material grows with the length; None where the filler alone grows."""
 
@@ -95,9 +96,8 @@ class SyntheticProbe(Probe):
         Lengths beyond the model's positions or the held-out text, or too short for a question, have a note, no cells.
         """
         found: dict[str, Any] = {"axis": self.axis, "cells": [], "notes": []}
-        lengths = self.config.lengths or [subject.seq_len // 2, subject.seq_len, 2 * subject.seq_len]
         fitter = Fitter(subject.tokenizer, subject.text.tolist(), self.config.just_read_twice)
-        for length in dict.fromkeys(lengths):
+        for length in self._lengths(subject.seq_len):
             if reason := self._refusal(length, subject, fitter):
                 found["notes"].append(f"length {length} was not asked: {reason}")
                 continue
@@ -105,6 +105,14 @@ class SyntheticProbe(Probe):
                 result = score(subject, self.items(fitter, length, case))
                 found["cells"].append({"length": length, self.axis: case, **dataclasses.asdict(result)})
         return found
+
+    def rows(self, seq_len: int) -> Rows:
+        """The questions of each length."""
+        return [(self.config.items * len(self.cases()), length) for length in self._lengths(seq_len)]
+
+    def _lengths(self, seq_len: int) -> list[int]:
+        """In tokens, each once."""
+        return list(dict.fromkeys(self.config.lengths or [seq_len // 2, seq_len, 2 * seq_len]))
 
     def items(self, fitter: Fitter, length: int, case: Any) -> list[Item]:
         """The questions of one cell; each depends on the seed, the cell and its own number alone."""

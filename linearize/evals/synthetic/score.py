@@ -19,6 +19,7 @@ import torch
 
 from linearize.evals.finite import watching
 from linearize.evals.probes.base import Subject
+from linearize.evals.progress import advance
 from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
 from linearize.evals.synthetic.items import Item
@@ -138,7 +139,9 @@ def batches_of(items: Sequence[P], size: int) -> Iterator[list[P]]:
     """Prompts of equal length, at most `size` together."""
     for _, group in groupby(sorted(items, key=_length), key=_length):
         same = list(group)
-        yield from (same[i : i + size] for i in range(0, len(same), size))
+        for i in range(0, len(same), size):
+            yield (batch := same[i : i + size])
+            advance(sum(len(item.input_ids) + max(map(len, item.candidates)) for item in batch))
 
 
 def _length(item: Prompted) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch.nn.functional as F
 from evals.probes.subjects import TEXT, run_probe, windows
 
 from linearize.errors import UserError
+from linearize.evals.config import EvalConfig
+from linearize.evals.measure import measure
+from linearize.evals.probes.length_extrapolation import LengthExtrapolation
+from linearize.evals.text import evaluating, position_losses
 
 PROBE = {"type": "length_extrapolation", "windows": 2}
 
@@ -94,5 +99,33 @@ def test_what_limits_the_length_is_said(pico_model: Callable[..., Any], converte
     assert beyond["length"] == 256 and "positions from 64 on are beyond" in beyond["notes"][0]
     ends = run_probe({**PROBE, "windows": 1}, converted("gdn", "LSL", family="gpt2", max_position_embeddings=64))
     assert ends["length"] == 64 and "lengths end at 64 tokens" in ends["notes"][0]
-    with pytest.raises(UserError, match="probes: length_extrapolation .* longest window can have 32"):
-        run_probe(PROBE, pico_model(), text=TEXT[:32])
+    with pytest.raises(UserError, match="probes: length_extrapolation .* the longest window 1; give a longer text"):
+        run_probe(PROBE, pico_model(), text=TEXT[:1])
+
+
+@pytest.mark.parametrize("limit", ["positions", "text"])
+def test_nothing_beyond_the_training_length_is_a_result_and_says_why(
+    limit: str, pico_model: Callable[..., Any], converted: Callable[..., Any], pico_tokenizer: Any
+) -> None:
+    model = (
+        converted("gdn", "LSL", family="gpt2", max_position_embeddings=100) if limit == "positions" else pico_model()
+    )
+    text, seq_len = (TEXT, 100) if limit == "positions" else (TEXT[:90], 100)
+    config = EvalConfig(lengths=[32], windows=2, recall=False, branches=False, probes=[PROBE])
+    found = measure(model, pico_tokenizer, config, token_ids=text, seq_len=seq_len)
+    (result,) = [probe["result"] for probe in found.probes]
+    longest = min(len(text), 100)
+    assert [(b["first"], b["end"]) for b in result["buckets"]] == [(1, 64), (64, longest)]
+    with evaluating(model):
+        losses = position_losses(model, windows(longest, result["windows"], text)).mean(0)
+    last = result["buckets"][-1]
+    assert last["loss"] == pytest.approx(float(losses[63:].mean()), rel=1e-5) and last["rise"] is None
+    why = "the model has no further positions" if limit == "positions" else "the text has 90"
+    assert why in result["ended"] and any(why in note for note in found.notes)
+    assert any("nothing beyond the training length of 100 tokens" in note for note in found.notes)
+    again = json.loads(json.dumps(result))
+    (view,) = LengthExtrapolation.views({"student": again})
+    assert "Training length: 100 tokens." in view.note and f"student: {result['ended']}." in view.note
+    longer = run_probe({**PROBE, "times": 2}, pico_model())
+    assert longer["ended"] is None
+    assert [len(v.series) for v in LengthExtrapolation.views({"student": again, "teacher": longer})] == [2, 1]

@@ -12,11 +12,18 @@ from left import FACTS, bench, folder
 
 from linearize.bench import BenchReport
 from linearize.evals.views import Bars, HeatMap, Lines
+from linearize.report.conversion_views import (
+    cache_bytes,
+    cache_views,
+    layer_views,
+    schedule_views,
+    speed_views,
+    thinned,
+)
 from linearize.report.figures import BOTH, COLOURS, COLUMN, FONT, INK, Style, draw, svg
 from linearize.report.numerals import short, tick_labels
 from linearize.report.page import measured
 from linearize.report.sources import read_sources
-from linearize.report.views import cache_bytes, cache_views, layer_views, schedule_views, speed_views, thinned
 
 
 def test_cache_bytes_are_states_and_what_softmax_layers_keep() -> None:
