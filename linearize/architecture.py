@@ -10,23 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from linearize.errors import UserError
 from linearize.registry import find_class
-
-UPDATES = {
-    "additive": "linear attention",
-    "delta": "delta rule",
-    "delta_product": "delta product",
-    "hgrn2": "HGRN2",
-    "log_linear": "log-linear attention",
-    "memories": "mixture of memories",
-    "mlstm": "mLSTM",
-    "rwkv7": "RWKV-7",
-    "slots": "gated slot attention",
-    "ttt": "test-time training",
-}
-"""By update, what a recurrence is called."""
-UNGATED = ("additive", "delta", "delta_product")
-"""Updates whose usual name is that without a decay."""
 
 
 def architecture(mixer: Mapping[str, Any]) -> str:
@@ -39,7 +24,7 @@ def architecture(mixer: Mapping[str, Any]) -> str:
     anew = key == "composed" or any(_part(mixer, kind) != _part(shipped, kind) for kind in ("update", "decay"))
     found = _recurrence(_part(mixer, "update"), _part(mixer, "decay")) if anew else key
     features, window = _part(mixer, "feature_map"), mixer.get("window")
-    if features != ("identity" if anew else _part(shipped, "feature_map")):
+    if features and features != ("identity" if anew else _part(shipped, "feature_map")):
         found += f" on {features} features"
     if window and (anew or not shipped.get("window")):
         return f"{found} beside a softmax window of {window:,} tokens"
@@ -47,10 +32,19 @@ def architecture(mixer: Mapping[str, Any]) -> str:
 
 
 def _recurrence(update: str, decay: str) -> str:
-    name = UPDATES.get(update, f"update {update}")
-    if update not in UNGATED or decay == "none":
-        return name
-    return f"{name} with a fixed decay" if decay == "fixed" else f"gated {name}"
+    recurrence, forgetting = _class("mixers.parts.updates", update), _class("mixers.parts.decays", decay)
+    title = getattr(recurrence, "title", "") or f"update {update}"
+    if forgetting is None or not getattr(recurrence, "titled_without_decay", False):
+        return title
+    return str(forgetting.title).format(title)
+
+
+def _class(package: str, key: str) -> Any:
+    """The class; None for none, and for one of somebody's own that this program has not imported."""
+    try:
+        return find_class(package, key, trusted=False) if key else None
+    except UserError:
+        return None
 
 
 def _part(settings: Mapping[str, Any], kind: str) -> str:
@@ -62,6 +56,6 @@ def _part(settings: Mapping[str, Any], kind: str) -> str:
 def _defaults(key: str) -> dict[str, Any]:
     """What a mixer has without settings; nothing for one that needs some."""
     try:
-        return dataclasses.asdict(find_class("mixers", key).Config())  # type: ignore[attr-defined]
-    except TypeError:
+        return dataclasses.asdict(_class("mixers", key).Config())
+    except (AttributeError, TypeError):
         return {}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 
-from linearize.architecture import UPDATES, architecture
+from linearize.architecture import architecture
 from linearize.mixers.base import Mixer
 from linearize.recipe import Recipe
-from linearize.registry import keys
+from linearize.registry import find_class, keys
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,15 @@ def test_other_parts_are_told(mixer: str, name: str) -> None:
     assert architecture(Recipe.load("lolcats", "demo", [f"mixer={mixer}"]).mixer) == name
 
 
-def test_every_update_has_a_name() -> None:
-    assert UPDATES.keys() == set(keys("mixers.parts.updates"))
+@pytest.mark.parametrize("key", keys("mixers.parts.updates"))
+def test_every_update_has_a_name(key: str) -> None:
+    assert find_class("mixers.parts.updates", key).title  # type: ignore[attr-defined]
+
+
+def test_nothing_is_imported_for_a_name() -> None:
+    parts = {"update": {"type": "this:Update"}, "decay": {"type": "this:Decay"}}
+    assert architecture({"type": "this:Mixer", **parts}) == "update this:Update"
+    assert architecture({"type": "gdn", **parts}) == "update this:Update" and "this" not in sys.modules
 
 
 def test_a_mixer_of_ones_own_that_needs_settings_is_called_as_in_the_recipe() -> None:

@@ -32,6 +32,8 @@ class Decay(Part):
 
     granularity: ClassVar[Literal["none", "head", "channel"]]
     """What one decay value governs."""
+    title: ClassVar[str] = "gated {}"
+    """What a recurrence with this decay is called."""
 
     def __init__(self, config: Any, shape: HeadShape):
         super().__init__()

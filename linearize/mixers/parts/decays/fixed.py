@@ -31,6 +31,7 @@ class Fixed(Decay):
 
     Config = FixedConfig
     granularity = "head"
+    title = "{} with a fixed decay"
 
     def forward(self, x: torch.Tensor, k: torch.Tensor) -> Gate:
         heads = self.shape.heads

@@ -22,6 +22,7 @@ class NoDecay(Decay):
 
     Config = NoneConfig
     granularity = "none"
+    title = "{}"
 
     def forward(self, x: torch.Tensor, k: torch.Tensor) -> Gate:
         return Gate(None)

@@ -31,6 +31,8 @@ class Additive(Update):
     """See the module docstring. State: S [B, Hq, F, V], with normalisation also z [B, Hq, F]."""
 
     Config = AdditiveConfig
+    title = "linear attention"
+    titled_without_decay = True
     decays = ("none", "head", "channel")
     normalizes = True
     bidirectional = True

@@ -38,6 +38,10 @@ class Update(Part):
         shape: sizes of the layer; `key_dim` is the number of features of a query or key.
     """
 
+    title: ClassVar[str] = ""
+    """What the recurrence is called."""
+    titled_without_decay: ClassVar[bool] = False
+    """Whether it is called so where nothing decays, and otherwise something else, such as gated."""
     decays: ClassVar[tuple[str, ...]]
     """Granularities of the decays that it takes: none, head, channel."""
     linear_in_values: ClassVar[bool] = True

@@ -44,6 +44,8 @@ class Delta(Update):
     """See the module docstring. State: S [B, Hq, F, V]."""
 
     Config = DeltaConfig
+    title = "delta rule"
+    titled_without_decay = True
     decays = ("none", "head", "channel")
 
     def __init__(self, config: DeltaConfig, shape: HeadShape):

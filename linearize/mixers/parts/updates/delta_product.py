@@ -47,6 +47,8 @@ class DeltaProduct(Update):
     """See the module docstring. State: S [B, Hq, F, V]."""
 
     Config = DeltaProductConfig
+    title = "delta product"
+    titled_without_decay = True
     decays = ("none", "head", "channel")
     linear_in_values = False  # the further steps' values have a part that is not the layer's
 

@@ -26,6 +26,7 @@ class Hgrn2(Update):
     """See the module docstring. State: S [B, Hq, F, V]."""
 
     Config = Hgrn2Config
+    title = "HGRN2"
     decays = ("channel",)
 
     def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate, x: torch.Tensor) -> Operands:

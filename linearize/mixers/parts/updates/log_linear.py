@@ -49,6 +49,7 @@ class LogLinear(Update):
     """See the module docstring. State: S [B, Hq, L, F, V] and the number of tokens seen [B]."""
 
     Config = LogLinearConfig
+    title = "log-linear attention"
     routable = False
     decays = ("none", "head")
 

@@ -52,6 +52,7 @@ class Memories(Update):
     """See the module docstring. State: that of the inner update, with (M + 1) Hq heads."""
 
     Config = MemoriesConfig
+    title = "mixture of memories"
     routable = False
     decays = ("none", "head", "channel")
 

@@ -32,6 +32,7 @@ class Mlstm(Update):
     """See the module docstring. State: C [B, Hq, F, V], n [B, Hq, F] and their stabiliser m [B, Hq]."""
 
     Config = MlstmConfig
+    title = "mLSTM"
     decays = ("head",)
 
     def __init__(self, config: MlstmConfig, shape: HeadShape):

@@ -41,6 +41,7 @@ class Rwkv7(Update):
     """See the module docstring. State: S [B, Hq, F, V]."""
 
     Config = Rwkv7Config
+    title = "RWKV-7"
     routable = False
     decays = ("channel",)
 

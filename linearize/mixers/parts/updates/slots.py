@@ -33,6 +33,7 @@ class Slots(Update):
     """See the module docstring. State: the slots' keys [B, Hq, F, M] and values [B, Hq, M, V]."""
 
     Config = SlotsConfig
+    title = "gated slot attention"
     decays = ("channel",)
 
     def decay_channels(self) -> int:

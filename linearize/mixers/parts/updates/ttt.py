@@ -45,6 +45,7 @@ class Ttt(Update):
     """See the module docstring. State: W and b at the mini-batch's start, what they have moved since, and a count."""
 
     Config = TttConfig
+    title = "test-time training"
     routable = False
     decays = ("none",)
     linear_in_values = False
