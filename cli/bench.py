@@ -118,7 +118,7 @@ def _stages(arguments: argparse.Namespace, model: Any) -> list:
     """The stages of the checkpoint's recipe, or of the mixer's default one."""
     from linearize import Recipe
     from linearize.hf.folder import recipe_in
-    from linearize.pipeline import stages_of
+    from linearize.preflight import stages_of
     from linearize.registry import known_family
 
     family = known_family(model.config)

@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     from linearize.errors import UserError
     from linearize.hub.contents import token_line
     from linearize.hub.push import push, reserve
-    from linearize.pipeline import check_sources, convert, plan_of
+    from linearize.pipeline import convert
+    from linearize.preflight import check_sources, plan_of
     from linearize.training.processes import is_main
 
     repo = arguments.push_to_hub if is_main() else None

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def show_plan(recipe: Recipe) -> None:
     """Print the plan of a recipe."""
-    from linearize.pipeline import check_sources, outline, plan_of
+    from linearize.preflight import check_sources, outline, plan_of
 
     plan = plan_of(recipe)
     check_sources(recipe)

@@ -7,31 +7,28 @@ processes train and the main one writes.
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linearize.data import check_source, prepare
+from linearize.data import prepare
 from linearize.device import default_device
 from linearize.errors import UserError, write_whole
-from linearize.evals.lm_harness import fetch_tasks
-from linearize.evals.measure import check_text
 from linearize.evals.points import Points
 from linearize.evals.table import comparison_table
-from linearize.evals.workload import summary, workload
 from linearize.families.base import Family
 from linearize.hf.auto import linearized
 from linearize.hf.export import export, export_adapter
-from linearize.hf.load import load, load_config, load_processor
+from linearize.hf.load import load, load_processor
 from linearize.hf.native import native_model
 from linearize.hub.card import model_card
 from linearize.hub.licence import licence_files
 from linearize.inits.calibrated import calibrate
 from linearize.plan import Plan, make_plan
+from linearize.preflight import check_sources, is_taught, outline, plan_of, stages_of
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
 from linearize.report.conversions import facts_of
@@ -136,7 +133,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     labels = point_names([stage.config.type for stage in stages])
     for index, (stage, rows, label) in enumerate(zip(stages, data, labels, strict=True)):
         seconds = stage.run(
-            model, rows, folders[index], resume=resume, keep_source=_taught(recipe, stages[index + 1 :])
+            model, rows, folders[index], resume=resume, keep_source=is_taught(recipe, stages[index + 1 :])
         )
         points.add_training(0 if rows is None else stage.config.trained_tokens(rows.item_tokens), seconds)
         points.take(label, model, between=index + 1 < len(stages))
@@ -154,79 +151,6 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         say(comparison_table(list(points.taken.items())))
     say(f"the checkpoint in {out} is complete, and was left as it is" if complete else f"checkpoint written to {out}")
     return out
-
-
-def plan_of(recipe: Recipe) -> Plan:
-    """The plan of a recipe, from its model's configuration alone; no weights are loaded.
-
-    Raises:
-        UserError: for all that `make_plan` refuses, and for stages that would find nothing to train.
-    """
-    source = recipe.model
-    config = load_config(recipe.resolved_model(), trust_remote_code=source.trust_remote_code, revision=source.revision)
-    plan = make_plan(recipe, config)
-    with torch.device("meta"):
-        skeleton = family_of(config).model_class(copy.deepcopy(config))
-        linearized(skeleton, plan.description())
-    stages = stages_of(recipe.stages, family_of(config))
-    for index, (stage, settings) in enumerate(zip(stages, recipe.stages, strict=True)):
-        stage.keep_source |= _taught(recipe, stages[index + 1 :])
-        if stage.trains:
-            stage.check_data(recipe.stage_data(settings, f"stages.{index}"), recipe.data)
-        stage.check(skeleton)
-    return plan
-
-
-def check_sources(recipe: Recipe) -> None:
-    """Raise the errors of training text and held-out text that can be known before a model is there, and fetch the
-    questions of tasks.
-    """
-    for index, settings in enumerate(recipe.stages):
-        if find("stages", settings["type"], Stage).trains:
-            check_source(recipe.stage_data(settings, f"stages.{index}"))
-    if recipe.init.type == "calibrated" or isinstance(recipe.layers, dict):
-        check_source(recipe.source_data())
-    if recipe.evaluation is not None:
-        check_text(recipe.evaluation, recipe.data)
-        fetch_tasks(recipe.evaluation.tasks)
-
-
-def outline(recipe: Recipe, plan: Plan) -> str:
-    """The plan and what follows it: data, initial values, stages and measurements, a line each."""
-    lines = [str(plan), f"data        {recipe.data.source}, sequences of {recipe.data.seq_len:,} tokens"]
-    if recipe.init.type == "calibrated":
-        lines.append(f"init        gates and output scales set from the teacher on {recipe.init.tokens:,} tokens")
-    lines += [f"stage       {stage['type']}{_training(recipe, stage)}" for stage in recipe.stages]
-    if recipe.evaluation is not None:
-        points = 2 + (len(recipe.stages) + (recipe.init.type == "calibrated")) * recipe.evaluation.between
-        asked = workload(recipe.evaluation, recipe.data.seq_len, branches=len(plan.branches), causal=plan.causal)
-        size, *works = summary(asked)
-        lines += [f"measured    {points} times, {size} each", *(f"            {work}" for work in works)]
-    return "\n".join(lines)
-
-
-def _training(recipe: Recipe, stage: Mapping[str, Any]) -> str:
-    """What a stage trains on and how: whole steps, which `tokens` is rounded up to."""
-    if "tokens" not in stage:
-        return ": no training"
-    data, config = recipe.stage_data(stage), find("stages", stage["type"], Stage).Config.model_validate(stage)
-    item = data.seq_len * data.item_rows
-    trained, asked = config.trained_tokens(item), f" ({config.tokens:,} asked for)"
-    tokens = f"{trained:,} tokens{asked if trained != config.tokens else ''}"
-    steps = f"{(n := config.steps(item)):,} step{'s' * (n > 1)} of {config.batch_size} x {item:,}"
-    lora = stage.get("lora")
-    with_lora = f", LoRA r {lora['r']} on {', '.join(lora['targets'])}" if lora else ""
-    on = f", on {data.source}" if data.source != recipe.data.source else ""
-    return f": {tokens}, {steps}, lr {stage['lr']:g}{with_lora}{on}"
-
-
-def stages_of(settings: Sequence[Mapping[str, Any]], family: type[Family], *, trusted: bool = True) -> list[Stage]:
-    """The stages that `settings` describe, as `Recipe.stages` has them, ready to run on a model of `family`.
-
-    `trusted` is False where the settings come from a checkpoint, see `registry.find`.
-    """
-    classes = [find("stages", values["type"], Stage, trusted=trusted) for values in settings]
-    return [stage(stage.Config.model_validate(values), family) for stage, values in zip(classes, settings, strict=True)]
 
 
 def chosen(recipe: Recipe, model: Any, tokenizer: Any, place: Path) -> Recipe:
@@ -255,12 +179,6 @@ def calibration_batches(recipe: Recipe, tokenizer: Any) -> list[dict[str, torch.
     rows = prepare(recipe.source_data(), tokenizer)
     count = min(max(1, recipe.init.tokens // rows.seq_len), len(rows))
     return [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
-
-
-def _taught(recipe: Recipe, later: Sequence[Stage]) -> bool:
-    """Whether the source model is needed after a stage that these follow."""
-    compared = recipe.evaluation is not None and recipe.evaluation.divergence
-    return compared or any(stage.needs_teacher for stage in later)
 
 
 def _nothing(text: str) -> None:

@@ -15,7 +15,7 @@ from linearize.bench import bench, cache_bytes
 from linearize.bench_models import random_model
 from linearize.errors import UserError
 from linearize.memory import out_of_memory, peak_bytes
-from linearize.pipeline import stages_of
+from linearize.preflight import stages_of
 from linearize.recipe import Recipe
 from linearize.swap import swapped, teacher_path
 

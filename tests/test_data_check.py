@@ -14,7 +14,7 @@ from trainable import make_recipe, recipe_dict
 from linearize.cli.main import main
 from linearize.data import DataConfig, check, check_source, prepare
 from linearize.errors import UserError
-from linearize.pipeline import check_sources
+from linearize.preflight import check_sources
 from linearize.recipe import Recipe
 
 TEXT = "One fish, two fish, and a longer tail of words."

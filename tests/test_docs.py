@@ -27,8 +27,9 @@ from linearize.cli.main import Parser
 from linearize.errors import UserError
 from linearize.mixers.base import HeadShape, Mixer, config_from_dict
 from linearize.mixers.parts.base import Calibration, Part
-from linearize.pipeline import convert, plan_of, swap
+from linearize.pipeline import convert, swap
 from linearize.plan import make_plan
+from linearize.preflight import plan_of
 from linearize.recipe import Recipe
 from linearize.recipe_files import available
 from linearize.registry import find, keys

@@ -18,8 +18,9 @@ from linearize.errors import UserError
 from linearize.hf.auto import linearized
 from linearize.hf.export import export
 from linearize.kept import Kept, KeptAttention, log_length
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert
 from linearize.plan import make_plan
+from linearize.preflight import plan_of
 from linearize.recipe import Recipe
 from linearize.swap import swap_layers, swapped, teacher_path
 

@@ -21,8 +21,9 @@ import linearize
 from linearize import pipeline
 from linearize.errors import UserError
 from linearize.evals.measure import eval_tokens, measure
-from linearize.hf.load import load
-from linearize.pipeline import convert, outline, plan_of
+from linearize.hf.load import load, load_config
+from linearize.pipeline import convert
+from linearize.preflight import outline, plan_of
 from linearize.recipe import Recipe
 
 EVALUATION = {"windows": 2, "recall": False, "batch_size": 2, "split": "train", "lengths": [16]}
@@ -194,7 +195,7 @@ def test_mistakes_in_a_recipe_end_it_before_weights_are_loaded_or_a_folder_made(
 def test_the_plan_leaves_no_trace_on_the_configuration(source: Path) -> None:
     recipe = make_recipe(source)
     assert str(plan_of(recipe)) == str(plan_of(recipe))
-    assert pipeline.load_config(str(source / "source")).model_type == "llama"
+    assert load_config(str(source / "source")).model_type == "llama"
 
 
 def test_missing_training_text_is_reported_before_anything_is_measured(

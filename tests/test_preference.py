@@ -19,7 +19,8 @@ from linearize import demo, pipeline
 from linearize.data import DataConfig, batches, prepare, read_tokens
 from linearize.data.preference import fitted
 from linearize.errors import UserError
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert
+from linearize.preflight import plan_of
 
 PAIR = {"prompt": "Name a fish.", "chosen": " Carp.", "rejected": " Cow, of course."}
 

@@ -210,10 +210,15 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert any(line.startswith("llama-3-8b/lolcats ") and "LoLCATs for Llama 3 8B" in line for line in listed)
-    assert main(["recipes", "demo/lolcats"]) == 0
+    assert main(["recipes", "llama-3-8b/lolcats"]) == 0
     text = capsys.readouterr().out
     source = Path(text.splitlines()[0].removeprefix("# "))
     assert source.name == "lolcats.yaml" and text.endswith(source.read_text())
+    assert main(["recipes", "demo/lolcats"]) == 0  # extends another, and is printed in full
+    text = capsys.readouterr().out
+    assert Path(text.splitlines()[0].removeprefix("# ")).name == "lolcats.yaml" and "extends" not in yaml.safe_load(
+        text
+    )
     (tmp_path / "mine.yaml").write_text(text)
     assert Recipe.load(tmp_path / "mine.yaml") == Recipe.load("demo/lolcats")
     assert yaml.safe_load(text)["model"]["name"] == "demo"

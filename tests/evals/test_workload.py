@@ -13,7 +13,7 @@ from linearize.evals.config import EvalConfig
 from linearize.evals.measure import measure
 from linearize.evals.probes.base import Probe, probe_of
 from linearize.evals.workload import Work, summary, workload, works_on
-from linearize.pipeline import outline, plan_of
+from linearize.preflight import outline, plan_of
 from linearize.recipe import Recipe
 from linearize.registry import find, keys
 from linearize.swap import teacher_path

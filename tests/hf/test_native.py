@@ -22,8 +22,9 @@ from linearize.errors import UserError
 from linearize.hf import native as hf_native
 from linearize.hf.export import export
 from linearize.hf.native import check, native_model
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert
 from linearize.plan import Plan, make_plan
+from linearize.preflight import plan_of
 from linearize.recipe import Recipe
 from linearize.registry import keys
 

@@ -25,8 +25,8 @@ from linearize.hub.card import model_card
 from linearize.hub.card_data import for_repository, pipeline_tag, source_metadata
 from linearize.hub.card_results import eval_results, held_out, merged
 from linearize.hub.licence import licence_files
-from linearize.pipeline import plan_of
 from linearize.plan import make_plan
+from linearize.preflight import plan_of
 from linearize.recipe import Recipe
 from linearize.registry import find, keys
 

@@ -12,7 +12,8 @@ from left import folder
 from trainable import make_recipe, write_source
 
 from linearize.errors import UserError
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert
+from linearize.preflight import plan_of
 from linearize.report.conversions import facts_of, report, to_json
 
 EVALUATION = {"windows": 2, "recall": False, "batch_size": 2, "split": "train", "lengths": [16, 32]}

@@ -13,7 +13,8 @@ from pico import KEYS, find_family, pico_model
 from trainable import dataset, make_recipe, snapshot, write_source
 
 from linearize.errors import UserError
-from linearize.pipeline import convert, outline, plan_of
+from linearize.pipeline import convert
+from linearize.preflight import outline, plan_of
 from linearize.registry import family_of, find, keys
 from linearize.select.base import Selector
 from linearize.select.window_ablation import WindowAblation, looks, windowed

@@ -20,8 +20,9 @@ import linearize
 from linearize.errors import UserError
 from linearize.families.base import Family
 from linearize.hf.export import export
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert
 from linearize.positions import extend, extended
+from linearize.preflight import plan_of
 from linearize.registry import find, keys
 from linearize.swap import teacher_path
 

@@ -14,7 +14,8 @@ from trainable import make_recipe, make_stage, metrics
 
 from linearize import pipeline
 from linearize.errors import UserError
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert
+from linearize.preflight import plan_of
 from linearize.stages.base import Stage
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics

@@ -15,7 +15,8 @@ from trainable import dataset, make_recipe, make_stage, metrics, snapshot, write
 import linearize
 from linearize.errors import UserError
 from linearize.families.base import Family
-from linearize.pipeline import convert, plan_of
+from linearize.pipeline import convert
+from linearize.preflight import plan_of
 from linearize.registry import find, keys
 from linearize.stages.qk_restore import QKRestore, query_key_elements
 from linearize.swap import teacher_path
