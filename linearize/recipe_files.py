@@ -100,7 +100,10 @@ def override(data: dict[str, Any], text: str) -> None:
     try:
         value = plain_yaml.read(given)
     except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML; quote it: {path}='\"...\"'") from error
+        reason = getattr(error, "problem", None) or error
+        raise UserError(
+            f"override {text!r}: the value is not valid YAML ({reason}); correct it, or quote a text: {path}='\"...\"'"
+        ) from error
     _set(data, path, value)
 
 

@@ -82,8 +82,12 @@ def test_files_overrides_and_probes_read_values_alike(tmp_path: Path) -> None:
     assert probes("mqar(pairs=010, what=no)") == [{"type": "mqar", "pairs": 10, "what": "no"}]
     recipe = Recipe.load("demo/lolcats", overrides=["stages.0.tokens=1e6", "stages.1.tokens=20_000"])
     assert [stage["tokens"] for stage in recipe.stages] == [1_000_000, 20_000]
-    with pytest.raises(UserError, match="must be a number|valid integer"):
-        Recipe.load("demo/lolcats", overrides=["seed=yes"])
+    for override, message in (
+        ("seed=yes", "valid integer"),
+        ("kept={rope: true, rope: false}", "'rope' is there twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Recipe.load("demo/lolcats", overrides=[override])
 
 
 @pytest.mark.parametrize("name", available())

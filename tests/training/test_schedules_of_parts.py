@@ -239,7 +239,7 @@ def test_windows_that_drop_out_with_all_that_trains_are_refused(
     model = converted(mixer)
     settings = {"steps": 8, **FULL, **settings}
     message = (
-        r"stage finetune: window_dropout \S+ can switch all windows off, and what trains at \S+ of the steps gets no"
+        r"stage finetune: window_dropout \S+ can switch all windows off, and what trains after \S+ of the steps gets no"
     )
     for made in (model, copy.deepcopy(model).to("meta")):
         with pytest.raises(UserError, match=message):

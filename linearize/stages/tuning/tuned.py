@@ -103,8 +103,8 @@ class Tuned(Stage):
             if chance and all(".mixer." in name for name in training) and training <= _window_parameters(model):
                 raise UserError(
                     f"stage {self.config.type}: window_dropout {chance:g} can switch all windows off, and what trains "
-                    f"at {done:g} of the steps gets no gradient then ({', '.join(sorted(training)[:3])}); train more, "
-                    "such as train: [mixer], or leave window_dropout out"
+                    f"after {done:g} of the steps gets no gradient then ({', '.join(sorted(training)[:3])}); train "
+                    "more, such as train: [mixer], or leave window_dropout out"
                 )
 
     def _window_chance(self, done: float) -> float:
