@@ -100,7 +100,10 @@ def override(data: dict[str, Any], text: str) -> None:
     try:
         value = plain_yaml.read(given)
     except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML; quote it: {path}='\"...\"'") from error
+        why = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UserError(
+            f"override {text!r}: the value is not valid YAML: {why}; a text can be quoted: {path}='\"...\"'"
+        ) from error
     _set(data, path, value)
 
 

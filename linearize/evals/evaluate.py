@@ -27,7 +27,7 @@ from linearize.evals.finite import nulled
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
-from linearize.evals.parts import Parts, files_made_of, model_made_of, named_files, text_made_of
+from linearize.evals.parts import Parts, check_report, files_made_of, model_made_of, named_files, text_made_of
 from linearize.evals.probe_views import as_text, probe_views
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
@@ -151,7 +151,7 @@ def evaluate(
     """
     name = str(path)
     if output is not None:
-        check_target(output)
+        check_report(output)
     if sample_prompt == "":
         raise UserError("sample_prompt is empty; give a text to continue, or none")
     recipe = _recipe(name)

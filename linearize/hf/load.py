@@ -167,7 +167,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"unknown dtype {dtype!r}; known: auto, bfloat16, float16, float32")
     return found
 

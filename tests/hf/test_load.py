@@ -104,6 +104,8 @@ def test_weights_of_another_conversion(folder: Path) -> None:
 def test_unknown_dtype(folder: Path) -> None:
     with pytest.raises(UserError, match="unknown dtype 'bf17'"):
         load(folder, dtype="bf17")
+    with pytest.raises(UserError, match="unknown dtype 'int8'"):
+        load(folder, dtype="int8")
 
 
 def test_a_checkpoint_cannot_make_the_toolkit_import_code(
