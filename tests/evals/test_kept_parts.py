@@ -134,6 +134,31 @@ def test_only_texts_that_are_paths_of_files_are_taken_for_files(tmp_path: Path) 
     assert named_files([{"type": "mine", "prompts": texts}]) == [questions]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("model: 3", "damaged: model must hold keys, got 3"),
+        ("data: [1]", "damaged: data must hold keys"),
+        ("data: {seq_len: x}", "data.seq_len: 'x' is not a count"),
+        ("evaluation: 3", "damaged: evaluation must hold keys"),
+    ],
+)
+def test_a_damaged_recipe_is_told(student: Path, recipe: str, message: str) -> None:
+    (student / "recipe.yaml").write_text(recipe)
+    with pytest.raises(UserError, match=f"recipe.yaml of .*{message}"):
+        run(student, None, teacher=False)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told(
+    converted: Any, pico_model: Any, pico_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = pico_model(vocab_size=40)
+    model.save_pretrained(tmp_path / "small")
+    pico_tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match=r"writes token \d+, and the model knows 40"):
+        run(tmp_path / "small", None, teacher=False)
+
+
 def test_a_place_for_the_parts_is_needed_before_any_work(student: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json.parts").mkdir()
     with pytest.raises(UserError, match=r"report\.json\.parts is a folder"):
