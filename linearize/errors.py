@@ -72,9 +72,31 @@ def _existing(folder: Path) -> Path:
     return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path.cwd())
 
 
+def local_path(text: str | Path) -> Path:
+    """The path that a text names, `~` expanded, whether anything is there or not.
+
+    Raises:
+        UserError: for what can be no path here: a name that is too long, a user that is not known, a closed folder.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{_start(str(text))!r} can be no path: {why}") from error
+    return path
+
+
+def _start(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def check_target(path: str | Path) -> None:
     """Raise a UserError, before any work, if no file can be written at `path`; folders are made."""
-    path = Path(path).expanduser()
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} cannot be written; give another name")
+    path = local_path(path)
+    local_path(_partial(path))
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file in it")
     try:
@@ -90,10 +112,14 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".partial")
 
 
+def _partial(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial"
+
+
 def write_whole(path: str | Path, text: str) -> None:
     """Write a file as UTF-8, all of it or nothing: what stood there stays until the new one is complete."""
     path = Path(path).expanduser()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     with disk_full(path.parent):
         partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -64,8 +64,10 @@ def read(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    except ValueError as error:  # of a value with an explicit tag, such as !!int x
-        raise yaml.YAMLError(str(error)) from error
+    except (ValueError, KeyError, AttributeError) as error:  # of a value with an explicit tag, such as !!int x
+        raise yaml.YAMLError(f"a value does not fit its tag: {error}") from error
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
 
 
 def write(data: Any) -> str:

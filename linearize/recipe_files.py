@@ -100,9 +100,9 @@ def override(data: dict[str, Any], text: str) -> None:
     try:
         value = plain_yaml.read(given)
     except yaml.YAMLError as error:
-        reason = getattr(error, "problem", None) or error
+        why = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise UserError(
-            f"override {text!r}: the value is not valid YAML ({reason}); correct it, or quote a text: {path}='\"...\"'"
+            f"override {text!r}: the value is not valid YAML: {why}; a text can be quoted: {path}='\"...\"'"
         ) from error
     _set(data, path, value)
 

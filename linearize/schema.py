@@ -90,7 +90,7 @@ def user_error(error: ValidationError, where: str, known: Iterable[str] = ()) ->
             lines.append(f"unknown key {path!r}{did_you_mean(str(problem['loc'][-1]), known)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            told = problem["type"] == "missing" or "got" in message.split()
+            told = problem["type"] == "missing" or re.search(r"\bgot\b", message)
             given = "" if told else f" (got {problem['input']!r})"
             lines.append(f"{path}: {message}{given}")
     return UserError("; ".join(lines))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import linearize.data
 from linearize import demo
-from linearize.data import DataConfig, PackedDataset, batches, prepare, read_tokens
+from linearize.data import DataConfig, PackedDataset, batches, prepare, read_tokens, tokens_of
 from linearize.errors import UserError
 
 EOS = 0
@@ -313,6 +313,7 @@ def test_hub_dataset(monkeypatch, tmp_path, tokenizer, streaming):
         ),
         (texts("x"), {"format": "chat"}, "no column that fits data.format=chat; its columns are text"),
         (texts("", " "), {}, "all documents are empty"),
+        ([*texts("One fish."), {"text": 3}], {}, "has rows whose text is no text, such as 3"),
         ([], {}, "in.jsonl is empty"),
         (
             texts("One fish."),
@@ -328,6 +329,13 @@ def test_errors_of_content(make, rows, overrides, message):
         make(rows, **overrides)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
+    for name, start in (("plain", ""), ("marked", "\ufeff")):
+        (tmp_path / f"{name}.txt").write_text(f"{start}One fish.", encoding="utf-8")
+    plain, marked = (tokens_of(DataConfig(source=str(tmp_path / f"{n}.txt")), tokenizer) for n in ("plain", "marked"))
+    assert plain.tolist() == marked.tolist()
+
+
 def test_errors_of_place(tmp_path, tokenizer):
     def attempt(**values):
         prepare(DataConfig(**values), tokenizer, cache_dir=tmp_path / "cache")
@@ -338,6 +346,8 @@ def test_errors_of_place(tmp_path, tokenizer):
         attempt(source="someone/no-such-data")
     with pytest.raises(UserError, match="unknown split 'evaluation'.*known: dev, test, train, validation"):
         attempt(split="evaluation")
+    with pytest.raises(UserError, match="can be no path: File name too long"):
+        attempt(source="n" * 300)
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.jsonl").write_text("{broken")
     with pytest.raises(UserError, match=r"files of one kind; found .jsonl, .txt, known: .parquet"):

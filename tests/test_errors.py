@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from linearize.errors import UserError, check_target, did_you_mean, disk_full, write_whole
+from linearize.errors import UserError, check_target, did_you_mean, disk_full, local_path, write_whole
 
 
 def test_did_you_mean_names_the_closest_and_lists_all():
@@ -68,6 +68,16 @@ def test_targets_are_checked_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         check_target(tmp_path / "file" / "report.json")
     check_target(tmp_path / "new" / "report.json")
+    for name in ("n" * 300, "n" * 250, "nul\0"):  # the second fits, and what is written first does not
+        with pytest.raises(UserError, match="can be no path|cannot be written"):
+            check_target(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["n" * 300, "~nobody-of-this-name/x"])
+def test_what_can_be_no_path(text: str) -> None:
+    with pytest.raises(UserError, match="can be no path: ") as caught:
+        local_path(text)
+    assert len(str(caught.value)) < 250
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

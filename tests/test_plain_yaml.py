@@ -60,7 +60,12 @@ def test_what_is_written_both_versions_read_alike() -> None:
     assert yaml.safe_load(yaml.safe_dump("1e-4")) != plain_yaml.read(yaml.safe_dump("1e-4")), "the dumper makes it so"
 
 
-@pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3", "{a: 1, a: 2}", "!!int x", "!!python/name:os.system", "[", "<<"])
+ODD = ["!!bool maybe", "!!timestamp x", "[" * 5000]
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\nb: 2\na: 3", "{a: 1, a: 2}", "!!int x", "!!python/name:os.system", "[", "<<", *ODD]
+)
 def test_what_is_refused(text: str) -> None:
     with pytest.raises(yaml.YAMLError):
         plain_yaml.read(text)

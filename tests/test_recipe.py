@@ -78,6 +78,7 @@ def mistake(path: Path, *overrides: str) -> str:
         ("stages.0.micro_batch_size=3", "batch_size 8 is not a multiple of micro_batch_size 3"),
         ("model.name=null", "model.name: Input should be a valid string (got None)"),
         ("data=demo", "data: "),
+        ("evaluation.probes=[[1]]", "probes.0 must be names of probes, or {type: name, ...}, got [1]"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_remedy(recipe_file: Path, override: str, message: str) -> None:
@@ -286,6 +287,11 @@ def test_the_papers_settings_of_lolcats() -> None:
 def test_an_override_that_is_not_yaml(override: str) -> None:
     with pytest.raises(UserError, match="the value is not valid YAML"):
         Recipe.load("lolcats", "demo", [override])
+
+
+def test_an_override_says_why_it_is_not_yaml() -> None:
+    with pytest.raises(UserError, match="not valid YAML: key 'name' is there twice"):
+        Recipe.load("lolcats", "demo", ["model={name: demo, name: demo}"])
 
 
 @pytest.mark.parametrize("text", [b"model: \xff\xfe", b"model: x\n"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError
 
+from linearize.evals.config import EvalConfig
 from linearize.schema import Count, Strict, parse_count, user_error
 
 
@@ -59,3 +60,9 @@ def test_user_error_has_a_line_for_each_problem() -> None:
     assert "data.name: Field required" in message
     assert "unknown key 'data.tokns'; did you mean 'tokens'? known: name, tokens" in message
     assert "Value error" not in message
+
+
+def test_a_value_is_told_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        EvalConfig(probes=[{"type": "mqar", "pairs": 0}])
+    assert str(user_error(caught.value, "evaluation")).count("got") == 1

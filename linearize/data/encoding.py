@@ -79,8 +79,13 @@ def _encoder(
     if kind == "instruction":
         return lambda batch: _encode_instructions(batch, tokenizer)
 
+    def _checked(text: Any) -> str | None:
+        if not isinstance(text, str | None):
+            raise UserError(f"data.source={config.source!r} has rows whose {column} is no text, such as {text!r}")
+        return text
+
     def encode_text(batch: dict[str, list]) -> Encoded:
-        texts = [text for text in batch[column] if text and not text.isspace()]
+        texts = [text for text in map(_checked, batch[column]) if text and not text.isspace()]
         return [(ids, [False] * len(ids)) for ids in token_ids(tokenizer, texts)] if texts else []
 
     return encode_text

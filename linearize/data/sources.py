@@ -12,7 +12,7 @@ from typing import Any
 
 from linearize import demo
 from linearize.data.config import DataConfig
-from linearize.errors import UserError, did_you_mean, disk_full
+from linearize.errors import UserError, did_you_mean, disk_full, local_path
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "dev"), "validation")
@@ -68,7 +68,7 @@ def _whole(split: str) -> str:
 
 def _local_files(source: str, split: str) -> list[Path]:
     """As `files_of`."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_file():
         found = [path]
     elif path.is_dir():
@@ -105,7 +105,7 @@ def _of_split(files: list[Path], split: str, source: str) -> list[Path]:
 def _open_files(files: list[Path], part: str, folder: Path) -> tuple[Any, list]:
     import datasets
 
-    options = {"sample_by": "document"} if files[0].suffix == ".txt" else {}
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if files[0].suffix == ".txt" else {}
     rows = datasets.load_dataset(
         _LOADERS[files[0].suffix],
         data_files=[glob.escape(str(file.resolve())) for file in files],  # patterns, to datasets

@@ -27,7 +27,7 @@ from linearize.evals.finite import nulled
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
-from linearize.evals.parts import Parts, files_made_of, model_made_of, named_files, text_made_of
+from linearize.evals.parts import Parts, check_report, files_made_of, model_made_of, named_files, text_made_of
 from linearize.evals.probe_views import as_text, probe_views
 from linearize.evals.probes.base import probe_of
 from linearize.evals.table import side_by_side
@@ -151,18 +151,18 @@ def evaluate(
     """
     name = str(path)
     if output is not None:
-        check_target(output)
+        check_report(output)
     if sample_prompt == "":
         raise UserError("sample_prompt is empty; give a text to continue, or none")
     recipe = _recipe(name)
-    source_model = recipe.get("model", {})
+    source_model = recipe.get("model") or {}
     if teacher is None or teacher is True:
         source = source_model.get("name")
         if source is None and (teacher or recipe):
             raise UserError(f"{name} has no recipe.yaml that names its source model; give `teacher` by name")
         teacher = source
     revision = source_model.get("revision") if str(teacher) == source_model.get("name") else None
-    data = DataConfig.model_validate(recipe["data"]) if "data" in recipe else None
+    data = _training_data(name, recipe)
     told = recipe.get("evaluation") or {}
     device = default_device(device or "auto")
     asked = _config(
@@ -193,6 +193,7 @@ def evaluate(
         config = asked.model_copy(update={"lengths": asked.lengths or _lengths(data, model)})
         check_lengths(model, config.lengths)
         token_ids = eval_tokens(config, tokenizer, data)
+        _check_vocabulary(name, model, token_ids)
         environment = _environment(model)
         weights = environment["dtype"].removeprefix("torch.")
         vocabulary = tokenizer.get_vocab()
@@ -262,11 +263,29 @@ def evaluate(
 def _recipe(name: str) -> dict[str, Any]:
     """The recipe.yaml that lies beside a converted checkpoint's weights; empty for other models."""
     if Path(name).is_dir():
-        return recipe_in(Path(name)) or {}
-    if "/" not in name:
-        return {}
-    found = hub_file(name, "recipe.yaml")
-    return read_mapping(found) if found else {}
+        recipe = recipe_in(Path(name)) or {}
+    else:
+        found = hub_file(name, "recipe.yaml") if "/" in name else None
+        recipe = read_mapping(found) if found else {}
+    for key in ("model", "data", "evaluation"):
+        if not isinstance(recipe.get(key) or {}, dict):
+            raise UserError(f"recipe.yaml of {name} is damaged: {key} must hold keys, got {recipe[key]!r}")
+    return recipe
+
+
+def _training_data(name: str, recipe: Mapping[str, Any]) -> DataConfig | None:
+    try:
+        return DataConfig.model_validate(recipe["data"]) if recipe.get("data") else None
+    except ValidationError as error:
+        raise user_error(error, f"recipe.yaml of {name}: data", DataConfig.model_fields) from None
+
+
+def _check_vocabulary(name: str, model: Any, token_ids: torch.Tensor) -> None:
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(token_ids) and (largest := int(token_ids.max())) >= known:
+        raise UserError(
+            f"the tokenizer of {name} writes token {largest}, and the model knows {known}; they do not belong together"
+        )
 
 
 def _config(**values: Any) -> EvalConfig:

@@ -72,6 +72,11 @@ class LinearizeLM(HFLM):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         options |= {"backend": "causal", "softmax_dtype": softmax_dtype, "device": device}
         super().__init__(pretrained, batch_size=batch_size, **options)
+        if self.tokenizer is not None and self.prefix_token_id is None:
+            raise UserError(
+                "tasks need a token that begins or ends texts, and the tokenizer has neither bos_token nor eos_token; "
+                "set one in tokenizer_config.json, or leave tasks out"
+            )
         self.max_batch_size = max_batch_size
         self.tokens = _most_tokens(self.model) if self.batch_size == "auto" else 0
         self._longest: int | None = None
@@ -109,6 +114,16 @@ class LinearizeLM(HFLM):
         """Continuations up to a stop string, prompts padded on the left."""
         self._longest, self._requests = self._longest_of(requests), len(requests)
         return self._until_it_fits(super().generate_until, requests, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> list[tuple[float, bool]]:
+        for texts, _, answer in requests:
+            if not 0 < len(answer) <= self.max_length:
+                told = f", {texts[1][:40]!r}," if texts else ""
+                raise UserError(
+                    f"an answer of a task{told} has {len(answer):,} tokens, and 1 to {self.max_length:,} fit "
+                    "this model; leave the question or the task out"
+                )
+        return super()._loglikelihood_tokens(requests, *args, **options)
 
     def _longest_of(self, requests: list) -> int:
         return min(self.max_length, max((len(self.tok_encode(r.args[0])) for r in requests), default=1))

@@ -94,6 +94,13 @@ def lm_eval_tasks(
         ) from error
     except ConnectionError as error:
         raise _no_questions(", ".join(names), error) from error
+    except ValueError as error:
+        if "Sample larger than population" not in str(error):
+            raise
+        raise UserError(
+            f"a task among {', '.join(names)} has fewer questions than the examples that its prompts shall have; "
+            "give a smaller num_fewshot"
+        ) from error
     return _read(found, tasks, _own(manager, include_path), lost)
 
 

@@ -113,6 +113,10 @@ KINDS: dict[str, Kind] = {
 (WinoGrande, WSC), how a text goes on (LAMBADA), which sentence is right (BLiMP), and how likely a text is."""
 
 
+NO_TEXTS, MAY_BE_EMPTY = {"choices", "context_options", "gold"}, {"query", "context"}
+"""Fields of rows that hold something else than a text, and texts that may be empty."""
+
+
 def write_tasks(folder: str | Path, out: str | Path) -> list[str]:
     """Write a task file for every file of questions, and a group for every sub-folder.
 
@@ -170,7 +174,7 @@ def _task(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has rows with {', '.join(rows[0])}, which is no kind of task; known fields: {known}")
     for number, row in enumerate(rows, 1):
         missing = [name for name in kind.fields if row.get(name) is None]
-        wrong = f"it lacks {missing[0]}" if missing else kind.wrong(row)
+        wrong = f"it lacks {missing[0]}" if missing else _wrong_text(kind, row) or kind.wrong(row)
         if wrong:
             raise UserError(f"{path}, line {number}: {wrong}")
     task = {
@@ -185,6 +189,17 @@ def _task(path: Path) -> dict[str, Any]:
     return task | _overrides(path.with_suffix(".yaml"), task)
 
 
+def _wrong_text(kind: Kind, row: Row) -> str | None:
+    for name in kind.fields:
+        if name in NO_TEXTS:
+            continue
+        if not isinstance(row[name], str):
+            return f"{name} must be a text, got {row[name]!r}"
+        if not row[name] and name not in MAY_BE_EMPTY:
+            return f"{name} is empty"
+    return None
+
+
 def read_rows(path: Path) -> list[Row]:
     """The questions of a JSONL file, an object a line.
 
@@ -193,7 +208,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     rows = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
     if not text.strip():
@@ -232,7 +247,12 @@ def _overrides(path: Path, task: dict[str, Any]) -> dict[str, Any]:
         "metadata",
         "generation_kwargs",
     }
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys of a task file, such as doc_to_text, got {values!r}")
     for key in values:
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}{did_you_mean(key, sorted(known))}")

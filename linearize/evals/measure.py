@@ -7,6 +7,7 @@ JSON and back. Put the call inside `linearize.swap.teacher_path(model)` to measu
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from linearize.data import DataConfig, check_source, tokens_of
-from linearize.errors import UserError
+from linearize.errors import UserError, local_path
 from linearize.evals import workload
 from linearize.evals.agreement import agreement
 from linearize.evals.config import EvalConfig
@@ -191,7 +192,8 @@ def _probed(probe: Probe, subject: Subject, teacher: Any) -> Measurement:
     with evaluating(subject.model), watching(subject.model, teacher) as broken:
         result: dict[str, Any] | None = probe.run(subject)
         lost = broken()
-    assert result is not None
+    if not isinstance(result, dict) or not _is_plain(result):
+        raise UserError(f"{key}: run gave {str(result)[:100]}, and must give a dict of plain data, which JSON can hold")
     notes = [f"{key}: {note}" for note in result.get("notes", [])]
     if lost and not probe.tells_broken:
         result = None
@@ -200,6 +202,14 @@ def _probed(probe: Probe, subject: Subject, teacher: Any) -> Measurement:
     if bad:
         notes.append(f"{key}: {bad} of {n} numbers are not finite and left out: {BROKEN}")
     return Measurement(probes=[{"probe": probe.config.model_dump(mode="json"), "result": nulled(result)}], notes=notes)
+
+
+def _is_plain(data: Any) -> bool:
+    try:
+        json.dumps(data)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _sample(subject: Subject, prompt: str, tokens: int) -> Measurement:
@@ -240,7 +250,7 @@ def _text(config: EvalConfig, data: DataConfig | None) -> DataConfig:
     if config.text is None and data is not None:
         return data.model_copy(update={"split": config.split})
     source = config.text or "demo"
-    return DataConfig(source=source, split="train" if Path(source).expanduser().is_file() else config.split)
+    return DataConfig(source=source, split="train" if local_path(source).is_file() else config.split)
 
 
 @contextmanager

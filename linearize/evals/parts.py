@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from linearize.errors import is_partial, write_whole
+from linearize.errors import UserError, check_target, is_partial, local_path, write_whole
 from linearize.evals.measurement import Measurement
 from linearize.hf.load import hub_file
 from linearize.schema import differences
@@ -88,6 +88,12 @@ class Parts:
         return {}
 
 
+def check_report(path: str | Path) -> None:
+    """Raise a UserError if neither a report can be written at `path` nor its finished parts beside it."""
+    check_target(path)
+    check_target(_beside(Path(path)))
+
+
 def _beside(report: Path) -> Path:
     return report.with_name(f"{report.name}{SUFFIX}")
 
@@ -114,7 +120,10 @@ def named_files(value: Any) -> list[Path]:
     if isinstance(value, Mapping | list | tuple):
         children = value.values() if isinstance(value, Mapping) else value
         return [path for child in children for path in named_files(child)]
-    path = Path(value).expanduser() if isinstance(value, str) else None
+    try:
+        path = local_path(value) if isinstance(value, str) else None
+    except UserError:  # a longer text, which is no path
+        return []
     return [path] if path is not None and path.is_file() else []
 
 

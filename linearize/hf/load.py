@@ -81,8 +81,8 @@ def _load(
     if attn_implementation is None and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         attn_implementation = "eager"  # sdpa, which transformers 5.17 takes by itself, does not cap logits
     loader: Any = getattr(transformers, _auto_class(config))
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    with trusting(trust_remote_code):
+    tokenizer = _tokenizer(source, **options)
+    with trusting(trust_remote_code), _fitting(source):
         model, report = loader.from_pretrained(
             source,
             config=config,
@@ -95,6 +95,31 @@ def _load(
         )
     _check_complete(source, config, type(model), report)
     return _with_adapter(model.eval(), source, revision), tokenizer
+
+
+def _tokenizer(source: str, **options: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what transformers makes of damaged files
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{source} has no tokenizer that loads ({type(error).__name__}: {' '.join(str(error).split())}); see to "
+            "its tokenizer.json and tokenizer_config.json, or copy or download them again"
+        ) from error
+
+
+@contextmanager
+def _fitting(source: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"{source} has tensors of other sizes than its config.json says (listed above); the weights and the "
+            "configuration do not belong together"
+        ) from error
 
 
 def _auto_class(config: Any) -> str:
@@ -127,7 +152,12 @@ def load_config(path_or_repo: str | Path, *, trust_remote_code: bool = False, re
     if _is_local(path_or_repo):
         check_folder(Path(source))
     with _asking(path_or_repo):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+        try:
+            return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the configuration of {source} cannot be read: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -167,7 +197,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"unknown dtype {dtype!r}; known: auto, bfloat16, float16, float32")
     return found
 

@@ -116,6 +116,8 @@ def contents(folder: Path, *, adapter_only: bool = False, secrets: Iterable[str]
         files |= {f"{ADAPTER}/{name}": path for name, path in adapter.items()}
     _check_links(files, folder)
     for name, path in files.items():
+        if name.endswith(".json"):
+            _check_object(path)
         _check_no_token(name, path, secrets)
     sent = {path.relative_to(folder).parts[0] for path in files.values()}
     left = [f"{name}/" if path.is_dir() else name for name, path in top.items() if name not in sent]
@@ -152,6 +154,15 @@ def _json(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _check_object(path: Path) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); convert or copy the checkpoint again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; convert or copy the checkpoint again")
 
 
 def _check_links(files: Mapping[str, Path], folder: Path) -> None:

@@ -163,6 +163,8 @@ def _token() -> str:
         raise UserError(
             "there is no token of the Hugging Face Hub here; run `hf auth login`, or set HF_TOKEN to one that may write"
         )
+    if not (token.isascii() and token.isprintable()):
+        raise UserError("the token of the hub has characters that no token has; see to HF_TOKEN, or `hf auth login`")
     return token
 
 

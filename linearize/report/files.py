@@ -38,7 +38,7 @@ def load(path: Path) -> Any:
     """The values of a JSON file."""
     try:
         return json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); it was cut off, or is something else") from error
 
 
@@ -60,7 +60,7 @@ def load_lines(path: Path) -> tuple[list[Any], int]:
     for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             broken += number < len(lines)
     return found, broken
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from linearize.errors import UserError
 from linearize.evals import measure as measuring
 from linearize.evals.evaluate import Report, evaluate
 from linearize.evals.measurement import Measurement
-from linearize.evals.parts import Parts, files_made_of, model_made_of
+from linearize.evals.parts import Parts, files_made_of, model_made_of, named_files
 from linearize.evals.text import TextLoss
 
 SETTINGS: dict[str, Any] = {"windows": 2, "lengths": [32], "recall": [(1, 30)], "recall_items": 2, "device": "cpu"}
@@ -125,6 +126,43 @@ def test_a_damaged_file_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "report.json.parts").write_text('{"made_of": {}, "do')
     assert Parts(tmp_path / "report.json", {}, said.append).done == {}
     assert said == [f"{tmp_path / 'report.json.parts'} cannot be read and is not used"]
+
+
+def test_only_texts_that_are_paths_of_files_are_taken_for_files(tmp_path: Path) -> None:
+    (questions := tmp_path / "q.jsonl").write_text("{}")
+    texts = ["It was a dark night. " * 30, "~nobody-of-this-name/x", "nul\0", str(questions), str(tmp_path)]
+    assert named_files([{"type": "mine", "prompts": texts}]) == [questions]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("model: 3", "damaged: model must hold keys, got 3"),
+        ("data: [1]", "damaged: data must hold keys"),
+        ("data: {seq_len: x}", "data.seq_len: 'x' is not a count"),
+        ("evaluation: 3", "damaged: evaluation must hold keys"),
+    ],
+)
+def test_a_damaged_recipe_is_told(student: Path, recipe: str, message: str) -> None:
+    (student / "recipe.yaml").write_text(recipe)
+    with pytest.raises(UserError, match=f"recipe.yaml of .*{message}"):
+        run(student, None, teacher=False)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told(
+    converted: Any, pico_model: Any, pico_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = pico_model(vocab_size=40)
+    model.save_pretrained(tmp_path / "small")
+    pico_tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match=r"writes token \d+, and the model knows 40"):
+        run(tmp_path / "small", None, teacher=False)
+
+
+def test_a_place_for_the_parts_is_needed_before_any_work(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json.parts").mkdir()
+    with pytest.raises(UserError, match=r"report\.json\.parts is a folder"):
+        run(student, tmp_path / "report.json")
 
 
 def test_parts_that_are_no_numbers_come_back_as_such(tmp_path: Path) -> None:

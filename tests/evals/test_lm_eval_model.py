@@ -150,6 +150,13 @@ def run_out_of_memory(model: Any, beyond: int) -> Any:
     return failures
 
 
+def test_a_tokenizer_without_marks_is_an_error(student: Any, pico_tokenizer: Any) -> None:
+    for name in ("bos_token", "eos_token"):
+        setattr(pico_tokenizer, name, None)
+    with pytest.raises(UserError, match="has neither bos_token nor eos_token"):
+        in_memory(student, pico_tokenizer, 1)
+
+
 def test_memory_that_holds_not_even_one_row_is_an_error(student: Any, pico_tokenizer: Any, tasks: Path) -> None:
     run_out_of_memory(student, beyond=5)
     with pytest.raises(UserError, match=r"one row of \d+ tokens does not fit into .* memory of cpu; load"):

@@ -59,6 +59,18 @@ def test_accuracy_is_that_of_the_likelier_choice(converted, pico_tokenizer, task
     assert {"acc", "acc_norm", "acc_stderr"} <= set(results.scores["tiny_choice"])
 
 
+def test_an_answer_longer_than_the_model_reads_is_named(converted, pico_tokenizer, task_folder):
+    row = {"query": "A", "choices": ["b " * 600, "c"], "gold": 1}
+    (task_folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="an answer of a task, 'b b .* has 1,200 tokens, and 1 to 512 fit this model"):
+        lm_eval_tasks(converted("lolcats"), pico_tokenizer, ["tiny_choice"], include_path=task_folder)
+
+
+def test_more_examples_than_questions(converted, pico_tokenizer, task_folder):
+    with pytest.raises(UserError, match="tiny_choice has fewer questions than .* give a smaller num_fewshot"):
+        lm_eval_tasks(converted("lolcats"), pico_tokenizer, ["tiny_choice"], include_path=task_folder, num_fewshot=50)
+
+
 def test_random_numbers_go_on_as_if_no_task_had_run(converted, pico_tokenizer, task_folder):
     def draws():
         return random.random(), float(np.random.rand()), float(torch.rand(()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,11 @@ GOOD = {"query": "Q", "choices": ["a", "b"], "gold": 0}
         ([{**GOOD, "choices": ["a"]}], r"line 1: choices must be two texts or more"),
         ([GOOD, {"query": "Q", "gold": 0}], "line 2: it lacks choices"),
         ([GOOD, {**GOOD, "query": "Q "}], "lines 1 and 2; write all in one way"),
+        ([{**GOOD, "query": 3}], "line 1: query must be a text, got 3"),
+        ([{"context": ["a"], "continuation": "b"}], r"line 1: context must be a text, got \['a'\]"),
+        ([{"context": "a", "continuation": ""}], "line 1: continuation is empty"),
+        ([{"text": "a"}, {"text": ""}], "line 2: text is empty"),
+        ([{"sentence_good": 1, "sentence_bad": "a"}], "line 1: sentence_good must be a text"),
         ([GOOD, "text"], "line 2 must be an object with fields, got 'text'"),
     ],
 )
@@ -175,6 +181,19 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, rows: list, message: 
     write_rows(tmp_path / "q" / "quiz.jsonl", rows)
     with pytest.raises(UserError, match=message):
         write_tasks(tmp_path / "q", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [\n", "is not valid YAML"), ("[1]", "must hold keys of a task")])
+def test_settings_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    write_rows(tmp_path / "q" / "quiz.jsonl", [GOOD])
+    (tmp_path / "q" / "quiz.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"quiz.yaml {message}"):
+        write_tasks(tmp_path / "q", tmp_path / "out")
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / "quiz.jsonl").write_text("\ufeff" + json.dumps(GOOD), encoding="utf-8")
+    assert write_tasks(tmp_path, tmp_path / "out") == ["quiz"]
 
 
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:

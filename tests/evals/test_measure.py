@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from linearize.data import DataConfig
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
 from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.probes.base import Probe
 from linearize.evals.table import PROMPT, comparison_table, grid, shown_prompt, side_by_side
 from linearize.evals.text import BranchLoss, loss_on_text
 from linearize.swap import teacher_path
@@ -57,6 +59,25 @@ def test_the_teacher_path_measures_the_source_model(converted, pico_model, pico_
 
 def test_json_and_back(measured):
     assert Measurement.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
+
+
+class Odd(Probe):
+    """A probe of an author's own."""
+
+    found: Any = None
+
+    def run(self, subject: Any) -> Any:
+        return self.found
+
+
+@pytest.mark.parametrize("found", [3, None, [1], {"x": torch.ones(1)}])
+def test_what_a_probe_of_ones_own_finds_is_plain_data(found, converted, pico_tokenizer, monkeypatch):
+    monkeypatch.setattr(Odd, "found", found)
+    config = EvalConfig.model_validate(
+        {"windows": 1, "lengths": [50], "recall": False, "branches": False, "probes": [f"{__name__}:Odd"]}
+    )
+    with pytest.raises(UserError, match=":Odd: run gave .*, and must give a dict of plain data"):
+        measure(converted("lolcats"), pico_tokenizer, config, token_ids=TEXT, seq_len=64)
 
 
 def test_unknown_keys_are_errors():

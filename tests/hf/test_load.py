@@ -101,9 +101,34 @@ def test_weights_of_another_conversion(folder: Path) -> None:
         load(folder)
 
 
+def test_weights_of_other_sizes(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(intermediate_size=47))
+    with pytest.raises(UserError, match="has tensors of other sizes than its config.json says"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "{}", "the configuration of .* cannot be read"),
+        ("config.json", "[]", "the configuration of .* cannot be read"),
+        ("tokenizer.json", "{", "has no tokenizer that loads"),
+        ("tokenizer.json", "{}", "has no tokenizer that loads"),
+        ("tokenizer_config.json", "{", "has no tokenizer that loads"),
+        ("tokenizer_config.json", "[]", "has no tokenizer that loads"),
+    ],
+)
+def test_damaged_files_are_named(folder: Path, name: str, text: str, message: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
 def test_unknown_dtype(folder: Path) -> None:
     with pytest.raises(UserError, match="unknown dtype 'bf17'"):
         load(folder, dtype="bf17")
+    with pytest.raises(UserError, match="unknown dtype 'int8'"):
+        load(folder, dtype="int8")
 
 
 def test_a_checkpoint_cannot_make_the_toolkit_import_code(

@@ -175,6 +175,8 @@ def test_what_the_hub_refuses(server: Hub, linearize: Client, folder: Path) -> N
     assert "error: the hub does not know the token" in said and "hf auth login" in said and "wrong" not in said
     said = linearize("push", folder, "ada/student", code=2, token=None)
     assert "error: there is no token" in said and "HF_TOKEN" in said
+    said = linearize("push", folder, "ada/student", code=2, token="hf_gehörtNiemand")
+    assert "error: the token of the hub has characters" in said and "Niemand" not in said
     said = linearize("push", folder, "eve/student", code=2)
     assert "error: the token belongs to ada, who cannot write to eve/student" in said and "ada, lab" in said
     assert "HF_HUB_OFFLINE is set" in linearize("push", folder, "ada/student", code=2, HF_HUB_OFFLINE="1")
@@ -251,6 +253,12 @@ def test_folders_and_names_that_cannot_be_pushed(
         (folder / "recipe.yaml").write_bytes(content)
         said = refused(folder, "ada/x")
         assert "recipe.yaml" in said and ("remove it" in said)
+    (folder / "recipe.yaml").write_text("model:\n  name: demo\n")
+    config = (folder / "config.json").read_text()
+    for content in ("{", "[]", ""):
+        (folder / "config.json").write_text(content)
+        assert "config.json is damaged" in refused(folder, "ada/x")
+    (folder / "config.json").write_text(config)
     (folder / "recipe.yaml").unlink()
     (folder / "README.md").write_bytes(b"# Un mod\xe8le\n")
     assert "README.md is not UTF-8 (line 1); save it as UTF-8" in refused(folder, "ada/x")

@@ -78,6 +78,7 @@ CASES: list[tuple[Harm, str, str]] = [
     (other_questions, "e.json", "different questions of piqa"),
     (half_a_bench, "b.json", "teacher and student"),
     (lambda at: (at / "run" / "plan.json").unlink(), "harmed", "has no run/plan.json"),
+    (lambda at: (at / "run" / "plan.json").write_text("[" * 20_000), "run/plan.json", "is not JSON"),
     (change("run/plan.json", state_bytes=[1]), "run/plan.json", "different numbers of layers"),
     (change("run/plan.json", layers=3), "run/plan.json", "layers"),
 ]

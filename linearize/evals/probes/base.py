@@ -161,8 +161,8 @@ def probe_of(settings: str | Mapping[str, Any], where: str = "probes") -> Probe:
     Raises:
         UserError: for an unknown probe or a setting that does not fit.
     """
-    values = {"type": settings} if isinstance(settings, str) else dict(settings)
-    if not isinstance(values.get("type"), str):
+    values: Any = {"type": settings} if isinstance(settings, str) else settings
+    if not isinstance(values, Mapping) or not isinstance(values.get("type"), str):
         raise UserError(f"{where} must be names of probes, or {{type: name, ...}}, got {settings!r}")
     key = values["type"]
     if ":" not in key and key not in (known := keys("evals.probes")):
