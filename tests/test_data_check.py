@@ -92,8 +92,9 @@ def test_folders(tmp_path: Path) -> None:
     for source in (str(tmp_path / "texts"), str(tmp_path / "*.txt")):
         with pytest.raises(UserError, match="must name files of one kind; found none"):
             check_source(DataConfig(source=source))
-    with pytest.raises(UserError, match="'texts/' does not exist"):
-        check_source(DataConfig(source="texts/"))
+    for source in ("texts/", "none.csv", "texts/none.CSV", "none.jsonl.gz"):
+        with pytest.raises(UserError, match=f"'{source}' does not exist"):
+            check_source(DataConfig(source=source))
     written(tmp_path, "texts/a.jsonl", lines({"text": TEXT}))
     config = DataConfig(source=str(tmp_path / "texts"))
     check_source(config)

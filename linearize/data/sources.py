@@ -15,6 +15,8 @@ from linearize.data.config import DataConfig
 from linearize.errors import UserError, did_you_mean, disk_full, local_path
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+_OTHER_FILES = {".csv", ".tsv", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip"}
+"""Ends of files that cannot be read; a name that has one is no dataset of the Hub."""
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "dev"), "validation")
 _SHUFFLE_BUFFER = 10_000
 
@@ -76,7 +78,7 @@ def _local_files(source: str, split: str) -> list[Path]:
     elif any(c in source for c in "*?["):
         pattern = str(path.relative_to(path.anchor))
         found = sorted(p for p in Path(path.anchor or ".").glob(pattern) if p.is_file())
-    elif path.suffix in _LOADERS or source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
+    elif _names_a_path(source):
         raise UserError(f"data.source={source!r} does not exist (looked in {Path.cwd()})")
     else:
         return []
@@ -87,6 +89,12 @@ def _local_files(source: str, split: str) -> list[Path]:
             f", known: {', '.join(_LOADERS)}"
         )
     return _of_split(found, split, source)
+
+
+def _names_a_path(source: str) -> bool:
+    """Whether what is not on this disk cannot be a dataset of the Hub either."""
+    named = Path(source).suffix.lower() in {*_LOADERS, *_OTHER_FILES}
+    return named or source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/")
 
 
 def _of_split(files: list[Path], split: str, source: str) -> list[Path]:

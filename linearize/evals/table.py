@@ -108,12 +108,14 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _samples(points: Sequence[tuple[str, Measurement]]) -> str:
+    """Indented, which to Markdown is text as it stands: lines stay apart, and a model may write any signs."""
     told = [(name, m) for name, m in points if m.sample is not None]
     if not told:
         return ""
     width = max(len(name) for name, _ in told)
-    lines = [f"{name:<{width}}  {' '.join((m.sample or '').split())}" for name, m in told]
-    return "\n\n" + "\n".join([f"Continuations of {shown_prompt(told[0][1].prompt or '')!r}:", *lines])
+    lines = [f"Continuations of {shown_prompt(told[0][1].prompt or '')!r}:"]
+    lines += [f"{name:<{width}}  {' '.join((m.sample or '').split())}" for name, m in told]
+    return "\n\n" + "\n".join(f"    {line}" for line in lines)
 
 
 def shown_prompt(prompt: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,7 +124,18 @@ def test_comparison_table_has_a_row_per_point_with_gaps_to_the_teacher(measured)
     assert student[1:5] == [f"{measured.loss(50):.3f}", "+0.250", f"{measured.loss(100):.3f}", "+0.250"]
     assert teacher[2] == "–" and row["loss 100, linear off"] == "9.500"
     assert (row["tokens so far"], row["training s"], row["1 fact/900"]) == ("1,500,000", "12", "–")
-    assert "Continuations of 'abc':" in table and "Note: recall of 1 fact(s) over 900" in table
+    assert "Note: recall of 1 fact(s) over 900" in table
+
+
+def test_markdown_shows_continuations_line_by_line_and_as_they_were_written(measured):
+    wild = replace(measured, prompt="*abc*", sample="# <b>no\n\n_heading_")
+    table = comparison_table([("teacher", wild), ("after finetune", wild)])
+    block = table.partition("\n\n")[2].partition("\n\nNote:")[0].splitlines()
+    assert block == [
+        "    Continuations of '*abc*':",
+        "    teacher         # <b>no _heading_",
+        "    after finetune  # <b>no _heading_",
+    ]
 
 
 @pytest.mark.parametrize(

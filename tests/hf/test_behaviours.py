@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import pipeline
 
 from linearize import registry
+from linearize.arguments import cache_of
 from linearize.hf.auto import linearized, register
 from linearize.hf.cache import StateLayer
 from linearize.swap import swapped
@@ -123,6 +124,27 @@ def test_rows_of_a_cache_move(converted: Any, key: str, layers: str) -> None:
         torch.testing.assert_close(following(moved, more[rows]), following(fresh, more[rows]), atol=1e-4, rtol=1e-4)
     filled.reset()
     torch.testing.assert_close(following(filled, ids), model(ids).logits)
+
+
+@every_mixer
+@every_layout
+@torch.no_grad()
+def test_layers_take_the_cache_under_its_newer_name(converted: Any, key: str, layers: str) -> None:
+    """Transformers 5.24 calls `cache` what was `past_key_values`; under a name not known, layers forget the prompt."""
+    model, ids = converted(key, layers), prompt()
+    expected = generate(model, ids, use_cache=False)
+
+    def renamed(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {"cache" if name == "past_key_values" else name: value for name, value in kwargs.items()}
+
+    for attn in swapped(model).values():
+        attn.register_forward_pre_hook(renamed, with_kwargs=True)
+    assert torch.equal(generate(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "layer_past"])
+def test_the_cache_is_found_by_each_of_its_names(name: str) -> None:
+    assert cache_of({"cache": None, "past_key_values": None, name: 5}) == 5 and cache_of({name: None}) is None
 
 
 @every_mixer
