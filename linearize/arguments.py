@@ -16,3 +16,12 @@ def positional(function: Any) -> tuple[str, ...]:
 def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call, those given by position under their `names`."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+CACHES = ("cache", "past_key_values", "layer_past")
+"""Names of the cache among arguments: since transformers 5.24, before, and in GPT-NeoX before."""
+
+
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among the named arguments of a call, or None."""
+    return next((given[name] for name in CACHES if given.get(name) is not None), None)

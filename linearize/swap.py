@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from linearize.arguments import by_name, positional
+from linearize.arguments import by_name, cache_of, positional
 from linearize.batch import NO_BATCH, Batch, read_batch, reordered
 from linearize.families.base import Family
 from linearize.hf.cache import state_layer
@@ -52,7 +52,7 @@ class SwappedAttention(nn.Module):
         return Call(
             all_given["hidden_states"],
             all_given.get("position_embeddings"),
-            all_given.get("past_key_values", all_given.get("layer_past")),
+            cache_of(all_given),
             all_given.get("linearize_batch") or NO_BATCH,
         )
 
@@ -166,7 +166,7 @@ def _attach_batch(
     if "linearize_batch" in given:  # from the module around this one
         return args, kwargs
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    past = given.get("past_key_values")
+    past = cache_of(given)
     has_past = past is not None and past.get_seq_length() > 0
     rows, tokens = inputs.shape[:2]  # type: ignore[union-attr]
     positions = given.get("position_ids") if family.causal else None

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationMixin
 
+from linearize.arguments import cache_of
 from linearize.families.base import CONVERTED, Family
 from linearize.hf.cache import state_layer
 from linearize.kept import kept_of
@@ -77,7 +78,7 @@ def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, 
             self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
         ) -> Any:
             result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            cache = model_kwargs.get("past_key_values")
+            cache = cache_of(model_kwargs)
             if cache is not None:
                 for attn in (a for a in swapped(self).values() if not a.teacher):
                     state_layer(cache, int(attn.layer_idx))  # type: ignore[arg-type]
