@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from pico import KEYS, cases, find_family, pico_model
+from transformers import DynamicCache
 
 from linearize import registry
 from linearize.batch import Batch, read_batch
 from linearize.hf.auto import find_class, linearized
 from linearize.mixers.base import Mixer
-from linearize.swap import mixer_specs, swap_layers, swapped, teacher_path
+from linearize.swap import _attach_batch, mixer_specs, swap_layers, swapped, teacher_path
 
 every_mixer = pytest.mark.parametrize("key", registry.keys("mixers"))
 every_family = pytest.mark.parametrize("family", KEYS)
@@ -229,3 +230,23 @@ def test_head_is_what_the_first_columns_alone_would_give() -> None:
     packed = read_batch(None, torch.tensor([[0, 1, 0, 1]]), 1, 4, has_past=False).head(3)
     assert packed.documents is not None and packed.documents.tolist() == [[0, 0, 1]]
     assert NOTHING.head(2) == NOTHING
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "layer_past"])
+def test_a_cache_is_read_under_every_name_it_has_had(source: Any, name: str) -> None:
+    """transformers 5.24 says `cache`, which an attention that looks for another name would silently leave empty."""
+    model, cache = convert(source("llama"), "llama", "lolcats", "LLL"), DynamicCache()
+    attn = next(iter(swapped(model).values()))
+    hidden = torch.zeros(1, 3, model.config.hidden_size)
+    assert attn.given((), {"hidden_states": hidden, name: cache}).cache is cache
+    assert attn.given((), {"hidden_states": hidden, name: None}).cache is None
+    cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    positions = torch.tensor([[0, 1, 0]])
+    _, told = _attach_batch(
+        model.model,
+        (),
+        {"input_ids": prompt(1, 3), "position_ids": positions, name: cache},
+        names=(),
+        family=attn.family,
+    )
+    assert told["linearize_batch"].documents is None, "where there is a past, positions say nothing of documents"
