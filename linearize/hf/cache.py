@@ -27,7 +27,6 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
 
     is_compileable = True
-    is_croppable = False
     supports_early_init = False
 
     softmax: Any = None
@@ -41,6 +40,11 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.state: Any = None
         self.length = 0
         self.pending: list[tuple[Any, int, Replay | None]] = []
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` works: from transformers 5.24 on, assisted decoding asks after the prompt."""
+        return self.record_past
 
     def advance(self, state: Any, tokens: int, replay: Replay | None = None) -> None:
         """Store the state that a forward over `tokens` more tokens returned.

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from linearize import registry
-from linearize.hf.cache import state_layer
+from linearize.hf.cache import StateLayer, state_layer
 from linearize.swap import swapped
 
 every_mixer = pytest.mark.parametrize("key", registry.keys("mixers"))
@@ -75,3 +75,11 @@ def test_crop_without_a_record_is_an_error(converted: Any) -> None:
     cache = converted(registry.keys("mixers")[0])(prompt(), use_cache=True).past_key_values
     with pytest.raises(NotImplementedError, match=r"its past was not recorded; call `cache.activate_past_recording"):
         cache.crop(-1)
+
+
+def test_a_state_says_whether_it_can_be_cropped() -> None:
+    """transformers 5.24 refuses to decode with an assistant where a layer says no after the prompt."""
+    layer = StateLayer()
+    assert not layer.is_croppable
+    layer.activate_past_recording()
+    assert layer.is_croppable
