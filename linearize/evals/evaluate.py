@@ -6,11 +6,8 @@ keeps it. Between the stages of a conversion, use `linearize.evals.measure` on t
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +18,14 @@ from pydantic import ValidationError
 import linearize
 from linearize.data import DataConfig
 from linearize.device import default_device
-from linearize.errors import UserError, check_target, write_whole
+from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
-from linearize.evals.finite import nulled
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
 from linearize.evals.parts import Parts, check_report, files_made_of, model_made_of, named_files, text_made_of
-from linearize.evals.probe_views import as_text, probe_views
 from linearize.evals.probes.base import probe_of
-from linearize.evals.table import side_by_side
+from linearize.evals.report import Report
 from linearize.evals.task_groups import GROUPS
 from linearize.evals.workload import summary, works_on
 from linearize.hf.folder import read_mapping, recipe_in
@@ -41,51 +36,6 @@ from linearize.schema import user_error
 
 DEFAULT_LENGTH = 2048
 """Context length for models without a recipe, where they have that many positions."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was measured on a checkpoint, with what is needed to measure it again."""
-
-    model: str
-    student: Measurement
-    teacher_model: str | None
-    teacher: Measurement | None
-    settings: dict[str, Any]
-    """The resolved `EvalConfig`, as plain data, and the text it was taken on."""
-    environment: dict[str, str]
-    """Versions, device and data type."""
-
-    def table(self, *, trust_remote_code: bool = False) -> str:
-        """Metrics as rows; teacher, student and difference as columns; then short tables of the probes, with
-        `trust_remote_code` also of those that the report names as `module:Class`, which imports them.
-        """
-        names = [f"student: {self.model}" if self.teacher else f"model: {self.model}"]
-        names += [f"teacher: {self.teacher_model}"] if self.teacher else []
-        measured = {"student" if self.teacher else "model": self.student}
-        measured |= {"teacher": self.teacher} if self.teacher else {}
-        views, missing = probe_views(measured, trusted=trust_remote_code, brief=True)
-        parts = ["\n".join(names), side_by_side(self.student, self.teacher), *map(as_text, views), *missing]
-        return "\n\n".join(parts)
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the report; folders are created."""
-        check_target(path)
-        data = nulled(dataclasses.asdict(self))
-        write_whole(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> Report:
-        """Read what `to_json` wrote."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        teacher = values["teacher"]
-        return cls(
-            **{
-                **values,
-                "student": Measurement.from_dict(values["student"]),
-                "teacher": None if teacher is None else Measurement.from_dict(teacher),
-            }
-        )
 
 
 def evaluate(

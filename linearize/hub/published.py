@@ -23,7 +23,7 @@ from linearize.hub.local_paths import Hider, known_paths
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from linearize.evals.evaluate import Report
+    from linearize.evals.report import Report
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 WIDTH = 110
@@ -82,7 +82,7 @@ def publish(found: Contents, folder: Path, repo: str, *, adapter_of: str | None,
 
 
 def _read_report(path: Path) -> Report:
-    from linearize.evals.evaluate import Report
+    from linearize.evals.report import Report
 
     try:
         return Report.from_json(path)

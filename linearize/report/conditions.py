@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linearize.evals.evaluate import Report
 from linearize.evals.measure import Measurement
+from linearize.evals.report import Report
 from linearize.evals.table import NOTHING, union
 from linearize.evals.views import Table
 from linearize.report.conversions import Conversion

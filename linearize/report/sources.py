@@ -16,9 +16,9 @@ from typing import Any
 
 from linearize.bench import BenchReport
 from linearize.errors import UserError
-from linearize.evals.evaluate import Report
 from linearize.evals.items import compare
 from linearize.evals.measure import Measurement
+from linearize.evals.report import Report
 from linearize.hf.folder import is_of
 from linearize.report.conversions import Conversion, read_conversion
 from linearize.report.files import check_facts, checked, load, load_lines, what

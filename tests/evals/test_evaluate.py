@@ -7,8 +7,9 @@ import json
 import pytest
 
 from linearize.errors import UserError
-from linearize.evals.evaluate import Report, evaluate
+from linearize.evals.evaluate import evaluate
 from linearize.evals.items import Asked
+from linearize.evals.report import Report
 from linearize.evals.text import loss_on_text
 from linearize.hf.load import load
 

@@ -13,12 +13,12 @@ import torch
 from evals.harness_cases import write_questions
 
 from linearize.evals.config import EvalConfig
-from linearize.evals.evaluate import Report
 from linearize.evals.finite import BROKEN, nulled, places, watching
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import measure
 from linearize.evals.measurement import Measurement
 from linearize.evals.probe_views import as_text, probe_views
+from linearize.evals.report import Report
 from linearize.evals.standard_views import standard_views
 from linearize.evals.table import side_by_side
 from linearize.registry import keys

@@ -12,9 +12,10 @@ import torch
 
 from linearize.errors import UserError
 from linearize.evals import measure as measuring
-from linearize.evals.evaluate import Report, evaluate
+from linearize.evals.evaluate import evaluate
 from linearize.evals.measurement import Measurement
 from linearize.evals.parts import Parts, files_made_of, model_made_of, named_files
+from linearize.evals.report import Report
 from linearize.evals.text import TextLoss
 
 SETTINGS: dict[str, Any] = {"windows": 2, "lengths": [32], "recall": [(1, 30)], "recall_items": 2, "device": "cpu"}

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import pipeline
 
 from linearize import registry
-from linearize.arguments import cache_of
 from linearize.hf.auto import linearized, register
 from linearize.hf.cache import StateLayer
 from linearize.swap import swapped
@@ -140,11 +139,6 @@ def test_layers_take_the_cache_under_its_newer_name(converted: Any, key: str, la
     for attn in swapped(model).values():
         attn.register_forward_pre_hook(renamed, with_kwargs=True)
     assert torch.equal(generate(model, ids), expected)
-
-
-@pytest.mark.parametrize("name", ["cache", "past_key_values", "layer_past"])
-def test_the_cache_is_found_by_each_of_its_names(name: str) -> None:
-    assert cache_of({"cache": None, "past_key_values": None, name: 5}) == 5 and cache_of({name: None}) is None
 
 
 @every_mixer

@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 
 from linearize.errors import UserError
 from linearize.evals.divergence import Divergence
-from linearize.evals.evaluate import Report
 from linearize.evals.items import Asked
 from linearize.evals.measure import Measurement
+from linearize.evals.report import Report
 from linearize.evals.text import TextLoss
 from linearize.hub.contents import contents, token_line
 from linearize.hub.local_paths import Hider, known_paths

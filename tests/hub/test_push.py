@@ -19,8 +19,8 @@ from safetensors.torch import load, load_file, save_file
 from linearize import pipeline
 from linearize.cli.main import main
 from linearize.errors import UserError
-from linearize.evals.evaluate import Report
 from linearize.evals.measure import Measurement
+from linearize.evals.report import Report
 from linearize.hf.export import export, export_adapter
 from linearize.hub import push as hub_module
 from linearize.hub.contents import contents, is_weights

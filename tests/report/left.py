@@ -10,9 +10,9 @@ from typing import Any
 from linearize.bench import BenchReport, Speed
 from linearize.bench_training import StepSpeed
 from linearize.evals.divergence import Divergence
-from linearize.evals.evaluate import Report
 from linearize.evals.measure import Measurement
 from linearize.evals.recall_score import RecallScore
+from linearize.evals.report import Report
 from linearize.evals.text import BranchLoss, TextLoss
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
