@@ -17,6 +17,7 @@ import torch
 from linearize.data import prepare
 from linearize.device import default_device
 from linearize.errors import UserError, write_whole
+from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.points import Points
 from linearize.evals.table import comparison_table
 from linearize.families.base import Family
@@ -70,6 +71,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
     )
     plan = plan_of(recipe)
     check_sources(recipe)
+    if recipe.evaluation is not None:
+        fetch_tasks(recipe.evaluation.tasks)
     device = default_device(recipe.model.device)
     if plan.mixer.get("backend") == "fla" and not device.startswith("cuda"):
         raise UserError(f"mixer.backend: fla needs a CUDA GPU, and the device is {device}; take auto or torch")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from linearize.data import check_source
-from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.measure import check_text
 from linearize.evals.workload import summary, workload
 from linearize.families.base import Family
@@ -47,8 +46,8 @@ def plan_of(recipe: Recipe) -> Plan:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raise the errors of training text and held-out text that can be known before a model is there, and fetch the
-    questions of tasks.
+    """Raise the errors of training text and held-out text that can be known before a model is there, from local files
+    alone.
     """
     for index, settings in enumerate(recipe.stages):
         if find("stages", settings["type"], Stage).trains:
@@ -57,7 +56,6 @@ def check_sources(recipe: Recipe) -> None:
         check_source(recipe.source_data())
     if recipe.evaluation is not None:
         check_text(recipe.evaluation, recipe.data)
-        fetch_tasks(recipe.evaluation.tasks)
 
 
 def outline(recipe: Recipe, plan: Plan) -> str:
