@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from linearize.data import prepare
+from linearize.data import model_inputs, prepare
 from linearize.device import default_device
 from linearize.errors import UserError, write_whole
 from linearize.evals.lm_harness import fetch_tasks
@@ -181,7 +181,7 @@ def calibration_batches(recipe: Recipe, tokenizer: Any) -> list[dict[str, torch.
     """The first rows of the training data, on which gates and output sizes are set from the teacher."""
     rows = prepare(recipe.source_data(), tokenizer)
     count = min(max(1, recipe.init.tokens // rows.seq_len), len(rows))
-    return [{k: v for k, v in rows.batch([i]).items() if k != "labels"} for i in range(count)]
+    return [model_inputs(rows.batch([i])) for i in range(count)]
 
 
 def _nothing(text: str) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import linearize.data
 from linearize import demo
-from linearize.data import DataConfig, PackedDataset, batches, prepare, read_tokens, tokens_of
+from linearize.data import DataConfig, PackedDataset, batches, model_inputs, prepare, read_tokens, tokens_of
 from linearize.errors import UserError
 
 EOS = 0
@@ -190,8 +190,12 @@ def test_recall_documents_are_their_share_of_rows(make, tokenizer):
     data = make(rows, seq_len=128, recall_fraction=0.25)
     recall = ["What is the special number for" in tokenizer.decode(ids) for ids in everything(data)["input_ids"]]
     assert sum(recall) == len(data) // 4 > 3
-    labels = data.batch([recall.index(True)])["labels"]
-    assert (labels[0, 1:] != -100).all()
+    batch = data.batch([recall.index(True), recall.index(False)])
+    assert (batch["labels"][0, 1:] != -100).all()
+    facts = tokenizer.decode(batch["input_ids"][0]).count("?")
+    assert tokenizer.decode(batch["input_ids"][batch["answers"]]).count(".") == facts > 0
+    assert not batch["answers"][1].any() and "answers" not in data.batch([recall.index(False)])
+    assert model_inputs(batch).keys() == {"input_ids", "position_ids"}
 
 
 def test_second_call_reuses_and_changes_are_seen(make, tokenizer, tmp_path, monkeypatch):

@@ -44,8 +44,8 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
-RESULTS = ["lolcats", "liger", "catalogue", "auto", "named"]
-ALONE = ["teacher-30m-auto", "teacher-30m-named"]
+RESULTS = ["lolcats", "liger", "catalogue", "auto", "auto-64", "auto-10m", "named", "named-40m"]
+ALONE = [f"teacher-30m-{name}" for name in ("auto", "auto-64", "auto-10m", "named", "named-40m")]
 """Results of which the page shows one length with the linear branch off."""
 COMMANDS = [
     (page.name, line)

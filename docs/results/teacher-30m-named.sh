@@ -1,6 +1,6 @@
 # Every named recipe on the 31M teacher: TEACHER, TRAIN and DEV name its folder and the two text files. TOKENS is the budget
 # of each in millions (10); RECIPES some of them instead of all; ITEMS the questions a case (64), FACTS=yes asks as many as
-# teacher-30m-auto.yaml does with the facts anywhere.
+# teacher-30m-auto-64.yaml does with the facts anywhere.
 TOKENS=${TOKENS:-10}
 [ -n "$FACTS" ] && probes=", probes: [{type: facts, facts: [1], lengths: [250, 1850], items: 200}, {type: facts, facts: [4], \
 lengths: [1800], items: 200}, {type: facts, facts: [8], lengths: [1670], items: 200}]"
@@ -37,7 +37,7 @@ for name in t2r supra lizard; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-
 
 ours() {
     name=$1; tokens=$2; shift 2
-    linearize convert --model "$TEACHER" --recipe docs/results/teacher-30m-auto.yaml data.source="$TRAIN" "$evaluation" \
+    linearize convert --model "$TEACHER" --recipe docs/results/teacher-30m-auto-64.yaml data.source="$TRAIN" "$evaluation" \
         tokens=${tokens}M data.max_tokens=$((tokens * 700))k stages.0.data.max_tokens=$((tokens * 325 + 200))k "$@" -o runs/named/$name
 }
 two='layers={type: window_ablation, keep: 2}'

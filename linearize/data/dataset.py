@@ -31,7 +31,7 @@ from linearize.data.preference import pair_rows
 from linearize.data.sources import open_source
 from linearize.errors import UserError, disk_full
 
-_LAYOUT = 2
+_LAYOUT = 3
 _SHARD_TOKENS = 1 << 23
 
 
@@ -121,7 +121,7 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
     shards: list[str] = []
     pending: list[Row] = []
     for item in _items(config, tokenizer, rows, counter):
-        real = sum(row[3] for row in item)
+        real = sum(row.length for row in item)
         if config.max_tokens is not None and tokens and tokens + real > config.max_tokens:
             break
         tokens += real
@@ -166,8 +166,8 @@ def _counted(documents: Iterator[Document], counter: Counter[str], config: DataC
 
 
 def _save(rows: list[Row], folder: Path, number: int) -> str:
-    ids, documents, trained, lengths = zip(*rows, strict=True)
-    arrays = (np.stack(ids), np.stack(documents), np.stack(trained), np.asarray(lengths, np.int32))
+    *columns, lengths = zip(*rows, strict=True)
+    arrays = (*map(np.stack, columns), np.asarray(lengths, np.int32))
     tensors = {name: torch.from_numpy(array) for name, array in zip(TENSORS, arrays, strict=True)}
     name = f"shard-{number:05d}.safetensors"
     save_file(tensors, folder / name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from linearize.errors import UserError
 from linearize.ops.documents import positions
 
-TENSORS = ("input_ids", "documents", "trained", "lengths")
-"""What a shard holds of its rows."""
+TENSORS = ("input_ids", "documents", "trained", "answers", "lengths")
+"""What a shard holds of its rows: the fields of `linearize.data.packing.Row`."""
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""What of a batch a model is called with."""
 
 
 class Rows(Protocol):
@@ -89,22 +91,24 @@ class PackedDataset:
         return self.info["content"]
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The items at `indices`: input_ids, labels, position_ids, maybe attention_mask, `[B, T]` int64.
+        """The items at `indices`: input_ids, labels, position_ids, maybe attention_mask, `[B, T]` int64, maybe answers.
 
         B is their number, of pairs twice that: chosen and rejected rows in turn.
 
         Labels follow HF: they stand at the index of their token, the loss shifts them. They are -100 on
         padding, on prompts if only completions train, and on the first token of every document, which nothing
         precedes. position_ids restart at 0 with every packed document; attention_mask is there only if a row
-        is padded.
+        is padded, and answers, `[B, T]` bool, only if a row is a recall document, whose answers it marks.
         """
         each = range(self.item_rows)
         rows = [self._row(int(index) * self.item_rows + part) for index in indices for part in each]
-        ids, documents, trained, lengths = (torch.stack(part) for part in zip(*rows, strict=True))
+        ids, documents, trained, answers, lengths = (torch.stack(part) for part in zip(*rows, strict=True))
         batch = {"input_ids": ids.long(), "labels": ids.long().masked_fill(~trained, -100)}
         batch["position_ids"] = positions(documents)[1]
         if bool((lengths < self.seq_len).any()):
             batch["attention_mask"] = (torch.arange(self.seq_len) < lengths[:, None]).long()
+        if bool(answers.any()):
+            batch["answers"] = answers
         return batch
 
     def order(self, seed: int, epoch: int) -> torch.Tensor:
@@ -122,6 +126,11 @@ class PackedDataset:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[shard])  # negative: counted from the shard's end
         return tuple(self._shards[shard][name][row] for name in TENSORS)
+
+
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch a model is called with, without its labels and what else stages read."""
+    return {name: batch[name] for name in INPUTS if name in batch}
 
 
 def batches(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,8 +16,27 @@ from transformers import PreTrainedTokenizerBase
 from linearize.data.encoding import Document
 from linearize.evals.recall import recall_document
 
-Row = tuple[np.ndarray, np.ndarray, np.ndarray, int]
-"""input_ids `[T]` int32, document number `[T]` int32, trained `[T]` bool, how many of the tokens are real."""
+
+class Row(NamedTuple):
+    """One row as it lies on disk."""
+
+    ids: np.ndarray
+    """`[T]` int32."""
+    documents: np.ndarray
+    """Number of the document that a token is of, `[T]` int32."""
+    trained: np.ndarray
+    """Whether a token is a target, `[T]` bool."""
+    answers: np.ndarray
+    """Whether a token is of an answer in a recall document, `[T]` bool."""
+    length: int
+    """How many of the tokens are real."""
+
+    @classmethod
+    def blank(cls, seq_len: int, fill: int = 0) -> Row:
+        """A row of `fill` in which nothing is trained, all of it real."""
+        ids, documents = np.full(seq_len, fill, np.int32), np.zeros(seq_len, np.int32)
+        return cls(ids, documents, np.zeros(seq_len, bool), np.zeros(seq_len, bool), seq_len)
+
 
 _MOST_FACTS = 8
 _TOKENS_PER_FACT = 128
@@ -24,31 +44,31 @@ _TOKENS_PER_FACT = 128
 
 def pack(documents: Iterator[Document], seq_len: int) -> Iterator[Row]:
     """Lay documents end to end and cut every `seq_len` tokens; a rest shorter than that is dropped."""
-    ids, number, trained = _empty(seq_len)
+    row = Row.blank(seq_len)
     fill = document = 0
     for source in documents:
         start = 0
         while start < len(source.ids):
             n = min(seq_len - fill, len(source.ids) - start)
-            ids[fill : fill + n] = source.ids[start : start + n]
-            trained[fill : fill + n] = source.trained[start : start + n]
-            trained[fill] = False
-            number[fill : fill + n] = document
+            row.ids[fill : fill + n] = source.ids[start : start + n]
+            row.trained[fill : fill + n] = source.trained[start : start + n]
+            row.trained[fill] = False
+            row.documents[fill : fill + n] = document
             start, fill, document = start + n, fill + n, document + 1
             if fill == seq_len:
-                yield ids, number, trained, seq_len
-                ids, number, trained = _empty(seq_len)
+                yield row
+                row = Row.blank(seq_len)
                 fill = document = 0
 
 
 def pad_each(documents: Iterator[Document], seq_len: int, pad: int) -> Iterator[Row]:
     """One row per document, cut to `seq_len` tokens or padded on the right with `pad`."""
     for source in documents:
-        ids, number, trained = _empty(seq_len)
+        row = Row.blank(seq_len, pad)
         n = min(seq_len, len(source.ids))
-        ids[:n], ids[n:] = source.ids[:n], pad
-        trained[1:n] = source.trained[1:n]
-        yield ids, number, trained, n
+        row.ids[:n] = source.ids[:n]
+        row.trained[1:n] = source.trained[1:n]
+        yield row._replace(length=n)
 
 
 def with_recall(
@@ -60,16 +80,12 @@ def with_recall(
     recent: list[int] = []
     for row in rows:
         yield row
-        recent = [*recent, *row[0][: row[3]].tolist()][-4 * seq_len :]
+        recent = [*recent, *row.ids[: row.length].tolist()][-4 * seq_len :]
         due += share / (1 - share)
         while due >= 1 and len(recent) >= seq_len:
             due -= 1
-            ids, number, trained = _empty(seq_len)
+            document = Row.blank(seq_len)
             facts = rng.randint(1, min(_MOST_FACTS, max(1, seq_len // _TOKENS_PER_FACT)))
-            ids[:] = recall_document(tokenizer, recent, seq_len, facts, rng)
-            trained[1:] = True
-            yield ids, number, trained, seq_len
-
-
-def _empty(seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.zeros(seq_len, np.int32), np.zeros(seq_len, np.int32), np.zeros(seq_len, bool)
+            document.ids[:], document.answers[:] = recall_document(tokenizer, recent, seq_len, facts, rng)
+            document.trained[1:] = True
+            yield document

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -151,8 +150,7 @@ def _of_messages(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedT
 
 
 def _row(prompt: list[int], reply: list[int], seq_len: int, pad: int) -> Row:
-    n, ids = len(prompt) + len(reply), np.full(seq_len, pad, np.int32)
-    ids[:n] = [*prompt, *reply]
-    trained = np.zeros(seq_len, bool)
-    trained[len(prompt) : n] = True
-    return ids, np.zeros(seq_len, np.int32), trained, n
+    row, n = Row.blank(seq_len, pad), len(prompt) + len(reply)
+    row.ids[:n] = [*prompt, *reply]
+    row.trained[len(prompt) : n] = True
+    return row._replace(length=n)

@@ -82,8 +82,11 @@ def make_prompt(
 
 def recall_document(
     tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], length: int, n_facts: int, rng: random.Random
-) -> list[int]:
+) -> tuple[list[int], list[bool]]:
     """Training document of exactly `length` tokens: facts in filler, then questions with answers on all.
+
+    Returns:
+        Its token ids, and for each whether it is of an answer.
 
     Raises:
         UserError: when `length` has no room for the facts and questions, or `filler` is too short.
@@ -91,9 +94,11 @@ def recall_document(
     chosen = facts(n_facts, rng)
     pieces = [encode(tokenizer, FACT.format(word=w, number=m)) for w, m in chosen]
     questions: list[int] = []
+    answers: list[bool] = []
     for word, number in rng.sample(chosen, n_facts):
         question, answer = _question(tokenizer, word, number)
         questions += question + answer
+        answers += [False] * len(question) + [True] * len(answer)
     bos = leading_bos(tokenizer)
     room = length - len(bos) - sum(map(len, pieces)) - len(questions)
     if room < 0:
@@ -102,7 +107,7 @@ def recall_document(
             "; use fewer facts or a larger data.seq_len"
         )
     body, _ = _spread(pieces, stretch(filler, room, rng), first=rng.randint(0, room), rng=rng)
-    return [*bos, *body, *questions]
+    return [*bos, *body, *questions], [False] * (length - len(answers)) + answers
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from linearize.arguments import by_name, positional
-from linearize.data import PackedDataset
+from linearize.data import PackedDataset, model_inputs
 from linearize.errors import UserError
 from linearize.evals.recall import WORDS, RecallItem, make_prompt
 from linearize.evals.text import LOGIT_BUDGET, evaluating
@@ -119,7 +119,7 @@ class WindowAblation(Selector):
         rows = [data.batch([i]) for i in range(min(len(data), max(1, self.config.tokens // length)))]
         items = []
         for row in rows:
-            inputs = {k: v[:, :length] for k, v in row.items() if k not in ("labels", "index")}
+            inputs = {k: v[:, :length] for k, v in model_inputs(row).items()}
             mask = inputs.get("attention_mask")
             real = torch.ones(length, dtype=torch.bool) if mask is None else mask[0].bool()
             items.append((inputs, real[:-1].nonzero().flatten()))

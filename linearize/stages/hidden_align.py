@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from linearize.data import model_inputs
 from linearize.errors import UserError
 from linearize.losses import cosine, l2, mse
 from linearize.stages.tuning.lora import target_modules
@@ -96,7 +97,7 @@ class HiddenAlign(Tuned):
         return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        inputs = model_inputs(batch)
         mask = batch.get("attention_mask")
         keep = None if mask is None else mask.bool()
         loss = LOSSES[self.config.loss]

@@ -3,6 +3,8 @@
     L = (1 - ce) tau^2 KL(p_teacher^(1/tau) || p_student^(1/tau)) + ce CE
 
 summed over all positions that predict something and divided by their number: Hinton et al. 2015 (arXiv:1503.02531).
+`ce_on: answers` takes that only where an answer of a recall document is predicted, and KL alone everywhere else: of
+facts that the teacher has missed the student learns the right one, of text what the teacher makes of it.
 `divergence: reverse` is MiniLLM's direction (Gu et al. 2023, arXiv:2306.08543), `jensen_shannon` the mean of the two
 against their mixture (GKD, Agarwal et al. 2023, arXiv:2306.13649). The teacher is the source model inside the converted
 one: only tensors that training changes are held twice.
@@ -15,13 +17,14 @@ files, 8 top_k + 4 bytes per predicted token, lie in the stage's folder until it
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from linearize.data import PackedDataset, Rows, visited
+from linearize.data import DataConfig, PackedDataset, Rows, visited
 from linearize.errors import UserError
 from linearize.losses import coarse_divergence, divergence, likeliest, next_token
 from linearize.stages.tuning.cached import LOG_PROBS, TOKENS, WithPredictions, write_predictions
@@ -30,6 +33,7 @@ from linearize.training.loop import Batch, Metrics
 from linearize.training.precision import autocast
 from linearize.training.processes import is_main, join, wait_for_all
 
+Divergence = Callable[[Any], torch.Tensor]
 CACHE = "teacher"
 """Folder of the predictions in that of the stage."""
 
@@ -53,6 +57,17 @@ class LogitKLConfig(TunedConfig):
         "disk before the first.",
     )
     ce: float = Field(0.0, ge=0, lt=1, description="Weight of the next-token cross-entropy; KL has the rest.")
+    ce_on: Literal["all", "answers"] = Field(
+        "all",
+        description="Where ce counts: in all predictions, or in those of answers in synthetic recall documents "
+        "(data.recall_fraction), with KL alone elsewhere.",
+    )
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> LogitKLConfig:
+        if self.ce_on == "answers" and not self.ce:
+            raise ValueError("ce_on: answers says where the cross-entropy counts, and ce is 0; set ce, such as 0.9")
+        return self
 
 
 class LogitKL(Tuned):
@@ -80,6 +95,14 @@ class LogitKL(Tuned):
                 f"write all {vocabulary:,} log-probabilities of a prediction, 4 bytes each: "
                 f"{_size(4 * vocabulary * config.tokens)} for {config.tokens:,} tokens; set top_k to fewer, such as "
                 f"64 ({_size((8 * 64 + 4) * config.tokens)}), or teacher: live"
+            )
+
+    def check_data(self, own: DataConfig, recipe: DataConfig) -> None:
+        super().check_data(own, recipe)
+        if self.config.ce_on == "answers" and not own.recall_fraction:
+            raise UserError(
+                "stage logit_kl: ce_on: answers finds no recall documents, because its data.recall_fraction is 0; give "
+                "the stage data: {recall_fraction: 0.5}, or set ce_on: all"
             )
 
     def rows(self, model: Any, data: PackedDataset, folder: Path, resume: bool) -> Rows:
@@ -121,21 +144,24 @@ class LogitKL(Tuned):
         return torch.cat(log_probs), torch.cat(tokens)
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
-        kl, ce = self._cached(model, dict(batch)) if self.config.teacher == "cached" else self._live(model, batch)
-        total = (1 - self.config.ce) * kl + self.config.ce * ce
-        (total * weight).backward()
-        return {"loss": total.detach(), "kl": kl.detach(), "ce": ce.detach()}
+        summed = self._cached(model, dict(batch)) if self.config.teacher == "cached" else self._live(model, batch)
+        (summed[0] * weight).backward()
+        return dict(zip(("loss", "kl", "ce"), summed.detach(), strict=True))
 
     def _cached(self, model: Any, batch: Batch) -> torch.Tensor:
         config, log_probs, tokens = self.config, batch.pop(LOG_PROBS), batch.pop(TOKENS)
         hidden, targets = self.hidden(model, batch)
 
-        def loss(hidden: torch.Tensor, log_t: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
+        def loss(hidden: torch.Tensor, log_t: torch.Tensor, tokens: torch.Tensor, *predicted: torch.Tensor) -> Any:
             student = self.family.logits(model, hidden)
-            kl = coarse_divergence(student, log_t, tokens.long(), config.divergence, config.temperature)
-            return torch.stack([kl, next_token(student, targets)])
+            settings = (config.divergence, config.temperature)
+            return self._mixed(
+                lambda rows: coarse_divergence(student[rows], log_t[rows], tokens[rows].long(), *settings),
+                student,
+                *predicted,
+            )
 
-        return self.scored(loss, hidden, log_probs, tokens, targets)
+        return self.scored(loss, hidden, log_probs, tokens, targets, _of_answers(batch))
 
     def _live(self, model: Any, batch: Batch) -> torch.Tensor:
         config = self.config
@@ -143,14 +169,42 @@ class LogitKL(Tuned):
             expected, _ = self.hidden(model, batch)
         hidden, targets = self.hidden(model, batch)
 
-        def loss(hidden: torch.Tensor, expected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        def loss(hidden: torch.Tensor, expected: torch.Tensor, *predicted: torch.Tensor) -> torch.Tensor:
             student = self.family.logits(model, hidden)
             with self.teacher(model):
                 teacher = self.family.logits(model, expected)
-            kl = divergence(student, teacher, config.divergence, config.temperature, config.top_k)
-            return torch.stack([kl, next_token(student, targets)])
+            settings = (config.divergence, config.temperature, config.top_k)
+            return self._mixed(lambda rows: divergence(student[rows], teacher[rows], *settings), student, *predicted)
 
-        return self.scored(loss, hidden, expected, targets)
+        return self.scored(loss, hidden, expected, targets, _of_answers(batch))
+
+    def _mixed(
+        self, divergence: Divergence, student: torch.Tensor, targets: torch.Tensor, answers: torch.Tensor
+    ) -> torch.Tensor:
+        """Loss, divergence and cross-entropy, the last where `ce_on` says, each summed over predictions: [3].
+
+        Args:
+            divergence: of the predictions that an index chooses, summed.
+            student: logits [N, vocabulary].
+            targets: [N] token ids.
+            answers: [N] bool, which of them are of answers.
+        """
+        config, everywhere = self.config, slice(None)
+        kl = divergence(everywhere)
+        if config.ce_on == "all":
+            ce = next_token(student, targets)
+            loss = (1 - config.ce) * kl + config.ce * ce
+        else:
+            ce = next_token(student[answers], targets[answers])
+            loss = kl + config.ce * (ce - divergence(answers))
+        return torch.stack([loss, kl, ce])
+
+
+def _of_answers(batch: Batch) -> torch.Tensor:
+    """Which of the predicted tokens of a batch are of answers in recall documents, [N] bool."""
+    asked = batch["labels"][:, 1:] != -100
+    answers = batch.get("answers")
+    return torch.zeros_like(asked[asked]) if answers is None else answers[:, 1:][asked]
 
 
 def _size(count: float) -> str:

@@ -61,12 +61,12 @@ def test_beginning_of_sequence_only_where_the_tokenizer_puts_it(tokenizer, fille
     )
     plain = make_prompt(tokenizer, filler, 2, 50, random.Random(0)).input_ids
     assert make_prompt(with_bos, filler, 2, 50, random.Random(0)).input_ids == [0, *plain]
-    assert recall_document(with_bos, filler, 200, 2, random.Random(0)).count(0) == 1
+    assert recall_document(with_bos, filler, 200, 2, random.Random(0))[0].count(0) == 1
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_document_has_its_length_and_asks_every_fact(tokenizer, filler, n):
-    ids = recall_document(tokenizer, filler, 256, n, random.Random(5))
+    ids, answers = recall_document(tokenizer, filler, 256, n, random.Random(5))
     text = tokenizer.decode(ids)
     assert len(ids) == 256
     known = dict(
@@ -77,6 +77,8 @@ def test_document_has_its_length_and_asks_every_fact(tokenizer, filler, n):
     assert len(known) == n
     for word, number in known.items():
         assert f"\nWhat is the special number for {word}? The special number for {word} is {number}." in text
+    told = tokenizer.decode([token for token, answer in zip(ids, answers, strict=True) if answer])
+    assert sorted(told.removesuffix(".").split(".")) == sorted(f" {number}" for number in known.values())
 
 
 def test_facts_are_distinct_and_five_digits():

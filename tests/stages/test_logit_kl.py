@@ -11,6 +11,8 @@ import pytest
 import torch
 from trainable import dataset, make_stage, metrics, snapshot
 
+from linearize.data import DataConfig, model_inputs
+from linearize.errors import UserError
 from linearize.losses import coarse, divergence
 from linearize.swap import source_weights, teacher_path
 
@@ -59,7 +61,11 @@ def ready(model: Any, **settings: Any) -> tuple[Any, dict[str, torch.nn.Paramete
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("settings", [{}, {"temperature": 2.0, "ce": 0.25}, {"top_k": 6}], ids=["kl", "ce", "top"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 2.0, "ce": 0.25}, {"top_k": 6}, {"temperature": 2.0, "ce": 0.75, "ce_on": "answers"}],
+    ids=["kl", "ce", "top", "answers"],
+)
 def test_gradients_are_those_of_the_written_out_loss(
     converted: Callable[..., Any],
     pico_model: Callable[..., Any],
@@ -69,14 +75,14 @@ def test_gradients_are_those_of_the_written_out_loss(
     settings: dict[str, Any],
 ) -> None:
     """Mean over the predicted tokens of all rows, in float64, with a source model of its own as the teacher."""
-    batch = dataset(tmp_path, pico_tokenizer, packing=packing).batch(range(4))
+    batch = with_answers(dataset(tmp_path, pico_tokenizer, packing=packing).batch(range(4)))
     model, twin = converted("lolcats", LAYERS), converted("lolcats", LAYERS).double()
     stage, parameters = ready(model, head_chunk=17, **settings)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs = model_inputs(batch)
     with torch.no_grad():
         teacher = pico_model().double()(**inputs, use_cache=False).logits
     logits = twin(**inputs, use_cache=False).logits
-    tau, weight = settings.get("temperature", 1.0), settings.get("ce", 0.0)
+    tau = settings.get("temperature", 1.0)
     total, count = torch.zeros(()).double(), 0
     for row, t in itertools.product(range(4), range(31)):
         label = int(batch["labels"][row, t + 1])
@@ -87,6 +93,8 @@ def test_gradients_are_those_of_the_written_out_loss(
             best = p.topk(settings["top_k"]).indices
             p, q = (torch.cat([x[best], 1 - x[best].sum(0, keepdim=True)]) for x in (p, q))
         kl = tau**2 * (p * (p / q).log()).sum()
+        counts = settings.get("ce_on") != "answers" or bool(batch["answers"][row, t + 1])
+        weight = settings.get("ce", 0.0) if counts else 0.0
         total = total + (1 - weight) * kl - weight * logits[row, t].log_softmax(-1)[label]
         count += 1
     assert stage.count(batch) == count < 4 * 31
@@ -95,6 +103,41 @@ def test_gradients_are_those_of_the_written_out_loss(
     (total / count).backward()
     for name, p in twin.named_parameters():
         torch.testing.assert_close(parameters[name].grad.double(), p.grad, atol=2e-5, rtol=2e-3)
+
+
+def with_answers(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As if some tokens were of answers in a recall document."""
+    return {**batch, "answers": batch["input_ids"] % 3 == 0}
+
+
+@pytest.mark.parametrize("teacher", ["live", "cached"])
+def test_cross_entropy_on_answers_alone(
+    converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, teacher: str
+) -> None:
+    batch = dataset(tmp_path, pico_tokenizer).batch(range(4))
+    cached = {"teacher": "cached", "top_k": 6} if teacher == "cached" else {}
+
+    def backward(batch: dict[str, torch.Tensor], **settings: Any) -> dict[str, float]:
+        model = converted("lolcats", LAYERS)
+        stage, _ = ready(model, **cached, **settings)
+        found = stage.backward(model, stage.completed(model, batch), 1.0)
+        return {key: pytest.approx(float(value), rel=1e-5) for key, value in found.items()}
+
+    plain, all_tokens = backward(batch), backward(batch, ce=0.5)
+    some = backward(with_answers(batch), ce=0.5, ce_on="answers")
+    assert backward(batch, ce=0.5, ce_on="answers") == {**plain, "ce": 0}, "rows of text"
+    everywhere = {**batch, "answers": torch.ones_like(batch["input_ids"], dtype=torch.bool)}
+    assert backward(everywhere, ce=0.5, ce_on="answers") == all_tokens
+    assert some["kl"] == plain["kl"].expected and 0 < some["ce"].expected < all_tokens["ce"].expected
+
+
+def test_answers_need_a_weight_and_recall_documents(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ce_on: answers says where the cross-entropy counts, and ce is 0"):
+        make_stage("logit_kl", train=["*"], ce_on="answers")
+    stage, text = make_stage("logit_kl", train=["*"], ce=0.5, ce_on="answers"), DataConfig(source="text")
+    with pytest.raises(UserError, match=r"finds no recall documents, because its data.recall_fraction is 0"):
+        stage.check_data(text, text)
+    stage.check_data(text.model_copy(update={"recall_fraction": 0.5}), text)
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from linearize.data import model_inputs
 from linearize.errors import UserError
 from linearize.stages.base import Stage
 from linearize.swap import Call, SwappedAttention, source_weights, student_path, swapped
@@ -108,7 +109,7 @@ class Forced(Stage):
             metrics[f"layer_{attn.layer_idx}"] = loss.detach()
 
         with torch.no_grad():
-            run_teacher(model, {k: v for k, v in batch.items() if k != "labels"}, train)
+            run_teacher(model, model_inputs(batch), train)
         if not metrics:
             raise UserError(
                 f"stage {self.config.type}: what it compares depends on nothing that trains "

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from linearize.data import model_inputs
 from linearize.errors import UserError
 from linearize.fake_run import idle_without
 from linearize.mixers.base import branches_of
@@ -170,8 +171,7 @@ class Tuned(Stage):
 
     def hidden(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The final hidden states that predict something, [N, C], and the tokens they are to predict, [N]."""
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
-        hidden = self.family.base_model(model)(**inputs, use_cache=False).last_hidden_state
+        hidden = self.family.base_model(model)(**model_inputs(batch), use_cache=False).last_hidden_state
         targets = batch["labels"][:, 1:]
         asked = targets != -100
         return hidden[:, :-1][asked], targets[asked]
