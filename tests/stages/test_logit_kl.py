@@ -11,7 +11,7 @@ import pytest
 import torch
 from trainable import dataset, make_stage, metrics, snapshot
 
-from linearize.data import DataConfig, model_inputs
+from linearize.data import DataConfig, PackedDataset, model_inputs
 from linearize.errors import UserError
 from linearize.losses import coarse, divergence
 from linearize.swap import source_weights, teacher_path
@@ -141,13 +141,22 @@ def test_answers_need_a_weight_and_recall_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("settings", [{}, {"ce": 0.5, "ce_on": "answers"}], ids=["kl", "answers"])
 def test_micro_batches_head_chunks_and_padding_change_nothing(
-    converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, packing: bool
+    converted: Callable[..., Any],
+    pico_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    packing: bool,
+    settings: dict[str, Any],
 ) -> None:
+    plain = PackedDataset.batch
+    monkeypatch.setattr(PackedDataset, "batch", lambda data, rows: with_answers(plain(data, rows)))
     data, results = dataset(tmp_path, pico_tokenizer, packing=packing), []
     for micro, chunk in ((4, 2048), (1, 5)):
         model = converted("gdn", LAYERS)
-        stage = make_stage("logit_kl", steps=3, micro_batch_size=micro, head_chunk=chunk, train=["*"], lr=1e-3)
+        sizes = {"micro_batch_size": micro, "head_chunk": chunk}
+        stage = make_stage("logit_kl", steps=3, train=["*"], lr=1e-3, **sizes, **settings)
         stage.run(model, data, tmp_path / str(micro))
         results.append(metrics(tmp_path / str(micro)))
     for a, b in zip(*results, strict=True):
