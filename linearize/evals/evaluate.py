@@ -20,6 +20,7 @@ from linearize.data import DataConfig
 from linearize.device import default_device
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
+from linearize.evals.fewshot import room_of
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
@@ -138,7 +139,13 @@ def evaluate(
         paths = [*folders, *([] if include_path is None else [include_path])]
         if asked.tasks:
             say(f"reading the questions of {', '.join(asked.tasks)}")
-        questions = fetch_tasks(asked.tasks, paths, limit)
+        questions = fetch_tasks(
+            asked.tasks,
+            paths,
+            limit,
+            num_fewshot=num_fewshot,
+            room=lambda: room_of(resolve_model(name), trust_remote_code=trust_remote_code),
+        )
         model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         config = asked.model_copy(update={"lengths": asked.lengths or _lengths(data, model)})
         check_lengths(model, config.lengths)
