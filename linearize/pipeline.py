@@ -85,8 +85,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         return _convert(recipe, plan, out, resume, _nothing)
     if resume and not (out / "run" / "recipe.yaml").exists():
         say(f"nothing to resume in {out}, so this is a new conversion")
-    claim(out, recipe, resume)
     with alone(out):
+        claim(out, recipe, resume)
         if resume:
             adopt(out, recipe, say)
         return _convert(recipe, plan, out, resume, say)

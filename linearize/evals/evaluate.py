@@ -24,7 +24,15 @@ from linearize.evals.fewshot import room_of
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
 from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
-from linearize.evals.parts import Parts, check_report, files_made_of, model_made_of, named_files, text_made_of
+from linearize.evals.parts import (
+    Parts,
+    check_report,
+    files_made_of,
+    held_report,
+    model_made_of,
+    named_files,
+    text_made_of,
+)
 from linearize.evals.probes.base import probe_of
 from linearize.evals.report import Report
 from linearize.evals.task_groups import GROUPS
@@ -132,7 +140,7 @@ def evaluate(
         sample_prompt=sample_prompt,
         batch_size=batch_size,
     )
-    with local_tasks(tasks_from) as (folders, local):
+    with held_report(output), local_tasks(tasks_from) as (folders, local):
         if ours := sorted(set(local) & GROUPS.keys()):
             raise UserError(f"{tasks_from}: {ours[0]!r} is the name of a group of the hub's tasks; give it another")
         asked = asked.model_copy(update={"tasks": asked.tasks or local})
@@ -199,21 +207,21 @@ def evaluate(
         student_measurement = take("student" if teacher else "model", model, tokenizer, source and source[0])
         del model
         teacher_measurement = take("teacher", *(source or load_teacher())) if teacher else None
-    report = Report(
-        model=name,
-        student=student_measurement,
-        teacher_model=str(teacher) if teacher else None,
-        teacher=teacher_measurement,
-        settings={
-            **config.model_dump(mode="json"),
-            "text": config.text or (data.source if data else "demo"),
-            "text_tokens": len(token_ids),
-        },
-        environment=environment,
-    )
-    if output is not None:
-        report.to_json(output)
-        parts.remove()
+        report = Report(
+            model=name,
+            student=student_measurement,
+            teacher_model=str(teacher) if teacher else None,
+            teacher=teacher_measurement,
+            settings={
+                **config.model_dump(mode="json"),
+                "text": config.text or (data.source if data else "demo"),
+                "text_tokens": len(token_ids),
+            },
+            environment=environment,
+        )
+        if output is not None:
+            report.to_json(output)
+            parts.remove()
     return report
 
 
