@@ -23,7 +23,7 @@ from linearize.evals.config import EvalConfig
 from linearize.evals.fewshot import room_of
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
-from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
+from linearize.evals.measure import Measurement, check_evaluation, check_lengths, eval_tokens, measure
 from linearize.evals.parts import (
     Parts,
     check_report,
@@ -140,6 +140,7 @@ def evaluate(
         sample_prompt=sample_prompt,
         batch_size=batch_size,
     )
+    check_evaluation(asked, data)
     with held_report(output), local_tasks(tasks_from) as (folders, local):
         if ours := sorted(set(local) & GROUPS.keys()):
             raise UserError(f"{tasks_from}: {ours[0]!r} is the name of a group of the hub's tasks; give it another")

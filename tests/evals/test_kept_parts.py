@@ -95,9 +95,7 @@ def test_two_evaluations_cannot_write_one_report(student: Path, tmp_path: Path) 
         while not alive.exists():
             assert other.poll() is None
             time.sleep(0.1)
-        with pytest.raises(
-            UserError, match="report.json is in use by another running evaluation; wait for it"
-        ):
+        with pytest.raises(UserError, match="report.json is in use by another running evaluation; wait for it"):
             run(student, output)
         assert output.read_text() == "the report of the day before"
     finally:
