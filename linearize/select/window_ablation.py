@@ -89,6 +89,19 @@ class WindowAblation(Selector):
                 f"layers.facts (each takes {MARGIN}) or layers.window"
             )
 
+    def cost(self, config: Any, seq_len: int) -> str:
+        """How often the model reads how much; the training text may turn out to be shorter."""
+        wanted = self.config.count(config.get_text_config().num_hidden_layers)
+        count, length = looks(len(self.candidates(config)), wanted), self.length(seq_len)
+        text, asked = length * self._rows(length), self.config.questions
+        often = f"{count:,} look{'s' * (count != 1)}"
+        questions = f" and {asked:,} questions of about {length:,}" if asked else ""
+        return f"{often} at {text:,} tokens of text{questions}, {count * (text + asked * length):,} tokens in all"
+
+    def _rows(self, length: int) -> int:
+        """Rows of text of that length that are looked at."""
+        return max(1, self.config.tokens // length)
+
     def choose(self, model: Any, tokenizer: Any, data: PackedDataset) -> Choice:
         self.check(model.config, data.seq_len)
         wanted = self.config.count(model.config.get_text_config().num_hidden_layers)
@@ -116,7 +129,7 @@ class WindowAblation(Selector):
     def _texts(self, data: PackedDataset) -> list[Any]:
         """(inputs, positions that are compared) of a row each, the first of the training data."""
         length = self.length(data.seq_len)
-        rows = [data.batch([i]) for i in range(min(len(data), max(1, self.config.tokens // length)))]
+        rows = [data.batch([i]) for i in range(min(len(data), self._rows(length)))]
         items = []
         for row in rows:
             inputs = {k: v[:, :length] for k, v in model_inputs(row).items()}
