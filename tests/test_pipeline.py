@@ -176,7 +176,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"layers": [0, 3]}, "\\[3\\] not in this model"),
     ({"model": {"name": "lama-3-8b"}}, "unknown model 'lama-3-8b'; did you mean 'llama-3-8b'"),
     ({"stages": [{"type": "finetune", "tokens": 10}]}, "stage finetune trains nothing"),
-    ({"stages": [{"type": "finetune", "tokens": 10, "train": ["*.mixr.*"]}]}, "matches no parameter"),
+    ({"stages": [{"type": "finetune", "tokens": 10, "train": ["*.mixr.*"]}]}, "matches nothing that trains"),
     ({"stages": [{"type": "finetune", "tokens": 10, "lora": {"targets": ["qq"]}}]}, "unknown lora target 'qq'"),
     ({"mixer": {"type": "liger"}}, "nothing to train: Liger adds no parameters"),
 ]
