@@ -25,9 +25,9 @@ from linearize.errors import UserError, did_you_mean
 from linearize.evals.fewshot import Room, check_examples, is_short_of_examples
 from linearize.evals.finite import watching
 from linearize.evals.items import Asked, Items, items_of
-from linearize.evals.progress import on_a_terminal
 from linearize.evals.task_groups import GROUPS, asked_groups, expand, group_mean, leaves
 from linearize.evals.text import evaluating
+from linearize.progress import on_a_terminal
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from linearize.evals.finite import BROKEN, nulled, places, watching
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.measurement import Measurement
 from linearize.evals.probes.base import DoesNotFit, Probe, Subject, probe_of
-from linearize.evals.progress import progress
 from linearize.evals.recall_score import generate_greedily, padding_id, recall
 from linearize.evals.text import branch_losses, evaluating, loss_on_text
 from linearize.evals.workload import Work, recall_cases, works_on
 from linearize.positions import learned
+from linearize.progress import progress
 from linearize.swap import swapped, teacher_path
 
 __all__ = ["Measurement", "eval_tokens", "measure"]

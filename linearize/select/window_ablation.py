@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from tqdm.auto import tqdm
 
 from linearize.arguments import by_name, positional
 from linearize.data import PackedDataset, model_inputs
@@ -33,6 +32,7 @@ from linearize.evals.recall import WORDS, RecallItem, make_prompt
 from linearize.evals.text import LOGIT_BUDGET, evaluating
 from linearize.families.base import Family
 from linearize.losses import divergence
+from linearize.progress import bar
 from linearize.schema import Count, Seed
 from linearize.select.base import Choice, Round, Selector, SelectorConfig
 
@@ -108,18 +108,18 @@ class WindowAblation(Selector):
         left = self.candidates(model.config)
         lost = [i for i in super().candidates(model.config) if i not in left]  # they see no further anyway
         rounds = []
-        with evaluating(model), _masks_are_honoured(model), tqdm(desc="choosing layers", unit="look") as bar:
+        shown = bar("choosing layers", unit="look", total=looks(len(left), wanted))
+        with evaluating(model), _masks_are_honoured(model), shown as counted:
             texts = self._texts(data)
             questions = self._questions(tokenizer, data)
             seen = [self._hidden(model, ids, asked) for ids, asked in texts + questions]
-            bar.total = looks(len(left), wanted)
             while len(left) > wanted:
                 scores = {}
                 for layer in left:
                     with windowed(model, self.family, [*lost, layer], self.config.window):
                         harm = [self._harm(model, item, h) for item, h in zip(texts + questions, seen, strict=True)]
                     scores[layer] = sum(mean(part) for part in (harm[: len(texts)], harm[len(texts) :]) if part)
-                    bar.update()
+                    counted.update(1)
                 least = sorted(left, key=lambda layer: scores[layer])[: _dropped(len(left) - wanted)]
                 rounds.append(Round(scores, tuple(sorted(least))))
                 lost += least

@@ -16,11 +16,11 @@ import torch
 from pydantic import Field, PositiveInt
 
 from linearize.evals.probes.base import DoesNotFit, Probe, ProbeConfig, Rows, Subject
-from linearize.evals.progress import advance
 from linearize.evals.recall import alike
 from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
 from linearize.evals.views import Lines, Table, View
+from linearize.progress import advance
 from linearize.schema import Count
 
 
