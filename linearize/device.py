@@ -23,4 +23,11 @@ def default_device(wanted: str) -> str:
         raise UserError(f"unknown device {wanted!r}; known: auto, cpu, cuda, cuda:0 and so on, mps") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {wanted!r} was asked for, and torch finds no GPU here; take auto or cpu")
+    if kind == "meta":
+        raise UserError("device 'meta' holds no values, so nothing runs there; take auto, cpu or cuda")
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, ImportError) as error:  # whatever torch raises for kinds it was built without
+        reason = str(error).split(". ")[0].rstrip(".")
+        raise UserError(f"device {wanted!r} cannot be used here ({reason}); take auto or cpu") from error
     return wanted

@@ -17,6 +17,7 @@ import torch
 from linearize.data import model_inputs, prepare
 from linearize.device import default_device
 from linearize.errors import UserError, write_whole
+from linearize.evals.fewshot import room_of
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.points import Points
 from linearize.evals.table import comparison_table
@@ -72,7 +73,11 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
     plan = plan_of(recipe)
     check_sources(recipe)
     if recipe.evaluation is not None:
-        fetch_tasks(recipe.evaluation.tasks)
+        fetch_tasks(
+            recipe.evaluation.tasks,
+            num_fewshot=recipe.evaluation.num_fewshot,
+            room=lambda: room_of(plan.source, **_where(recipe)),
+        )
     device = default_device(recipe.model.device)
     if plan.mixer.get("backend") == "fla" and not device.startswith("cuda"):
         raise UserError(f"mixer.backend: fla needs a CUDA GPU, and the device is {device}; take auto or torch")
@@ -80,8 +85,8 @@ def convert(recipe: Recipe, out: str | Path | None = None, *, resume: bool = Fal
         return _convert(recipe, plan, out, resume, _nothing)
     if resume and not (out / "run" / "recipe.yaml").exists():
         say(f"nothing to resume in {out}, so this is a new conversion")
-    claim(out, recipe, resume)
     with alone(out):
+        claim(out, recipe, resume)
         if resume:
             adopt(out, recipe, say)
         return _convert(recipe, plan, out, resume, say)
@@ -91,7 +96,7 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     say(outline(recipe, plan) if plan.chooser is None else plan.before_choice())
     if is_main():
         (out / "run" / "plan.json").write_text(json.dumps(facts_of(plan), indent=1) + "\n")
-    where: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code, "revision": recipe.model.revision}
+    where = _where(recipe)
     text_only = find("families", plan.family, Family).auto_class == Family.auto_class
     processor = None if text_only else load_processor(plan.source, **where)
     model, tokenizer = load(
@@ -154,6 +159,11 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
         say(comparison_table(list(points.taken.items())))
     say(f"the checkpoint in {out} is complete, and was left as it is" if complete else f"checkpoint written to {out}")
     return out
+
+
+def _where(recipe: Recipe) -> dict[str, Any]:
+    """Options of what reads the source model."""
+    return {"trust_remote_code": recipe.model.trust_remote_code, "revision": recipe.model.revision}
 
 
 def chosen(recipe: Recipe, model: Any, tokenizer: Any, place: Path) -> Recipe:

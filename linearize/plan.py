@@ -71,6 +71,8 @@ class Plan:
     """Of the mixers: what measurements can switch off."""
     chooser: str | None = None
     """The selector that chooses the layers once the model is loaded; until then `layers` is a stand-in."""
+    choice: str = ""
+    """What the selector reads for that."""
     native: str | None = None
     """`model_type` of the architecture of transformers that the result is exported as; None for one of its own."""
 
@@ -92,7 +94,13 @@ class Plan:
         """What is known while a selector has yet to choose the layers; the plan is printed once it has."""
         kept = sum(layer.mixer is None for layer in self.layers)
         which = f"{self.chooser} chooses which, on the loaded model; the plan follows"
-        return f"{self._source()}\nlayers      {kept} of {len(self.layers)} keep softmax: {which}"
+        return "\n".join(
+            [self._source(), f"layers      {kept} of {len(self.layers)} keep softmax: {which}", *self._choice()]
+        )
+
+    def _choice(self) -> list[str]:
+        """The line on what choosing layers costs, where anything is known of it."""
+        return [f"            in {self.choice}"] if self.choice else []
 
     def _source(self) -> str:
         parameters = f"{self.source_parameters / 1e6:,.1f}M parameters"
@@ -107,6 +115,7 @@ class Plan:
             self._source(),
             f"mixer       {_written(self.mixer)}",
             f"layers      {len(swapped)} of {len(self.layers)} swapped: {pattern}",
+            *self._choice(),
             *([] if self.kept == AS_IN_SOURCE else [f"kept        {self.kept}"]),
             f"new         {self.new_parameters / 1e6:,.3f}M parameters; every tensor of the source keeps its name",
         ]
@@ -196,6 +205,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         causal=family.causal,
         branches=branches,
         chooser=None if selector is None else selector.config.type,
+        choice="" if selector is None else selector.cost(config, recipe.data.seq_len),
     )
     if not recipe.export.native:
         return plan

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from linearize.data import check_source
-from linearize.evals.measure import check_text
+from linearize.evals.measure import check_evaluation
 from linearize.evals.workload import summary, workload
 from linearize.families.base import Family
 from linearize.hf.auto import linearized
@@ -55,7 +55,7 @@ def check_sources(recipe: Recipe) -> None:
     if recipe.init.type == "calibrated" or isinstance(recipe.layers, dict):
         check_source(recipe.source_data())
     if recipe.evaluation is not None:
-        check_text(recipe.evaluation, recipe.data)
+        check_evaluation(recipe.evaluation, recipe.data)
 
 
 def outline(recipe: Recipe, plan: Plan) -> str:

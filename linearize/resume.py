@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from linearize.data import PackedDataset
 from linearize.errors import UserError, disk_full, write_whole
 from linearize.hf.folder import check_folder, check_weights, read_mapping, weight_files
 from linearize.inits.calibrated import Inputs
+from linearize.locks import held
 from linearize.recipe import Recipe
 from linearize.registry import find
 from linearize.schema import differences, without_effect
@@ -45,7 +45,7 @@ def point_names(types: Sequence[str]) -> list[str]:
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Make `out/run` this recipe's, or check that it may become that, see `adopt`.
+    """Make `out/run` this recipe's, or check that it may become that, see `adopt`; to be called inside of `alone`.
 
     Raises:
         UserError: when `out` holds something else, or when the recipe to resume differs from the one that began in
@@ -55,16 +55,15 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     if mark.exists() and resume and not _is_unbegun(out):
         _changes(out, recipe)
         return
-    if out.exists() and (not out.is_dir() or not _is_unbegun(out)):
+    if _is_anothers(out) or not _is_unbegun(out):
         what = "holds a conversion (go on with --resume)" if mark.exists() else "was not made by this command"
         raise UserError(f"output folder {out} {what}; choose another with -o, or remove it")
     try:
         with disk_full(out):
-            mark.parent.mkdir(parents=True, exist_ok=True)
             (mark.parent / CALIBRATION).unlink(missing_ok=True)
             write_whole(mark, recipe.to_yaml())
     except OSError as error:
-        raise UserError(f"cannot write to output folder {out}: {error.strerror}; choose another with -o") from error
+        raise _unwritable(out, error) from error
 
 
 def adopt(out: Path, recipe: Recipe, say: Callable[[str], Any]) -> None:
@@ -244,21 +243,31 @@ def _is_unbegun(out: Path) -> bool:
     return set(out.rglob("*")) <= {out / "run", *(out / "run" / name for name in names)}
 
 
+def _is_anothers(out: Path) -> bool:
+    """Whether something is at `out` that no conversion made."""
+    return out.exists() and not (out.is_dir() and (_mark(out).exists() or _is_unbegun(out)))
+
+
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Keep every other conversion out of `out` as long as the context lasts; a killed process lets go by itself.
 
+    What no conversion made is left as it is, for `claim` to refuse.
+
     Raises:
-        UserError: when another process converts into `out`.
+        UserError: when another process converts into `out`, or nothing can be written there.
     """
-    lock = FileLock(out / "run" / LOCK, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"output folder {out} is in use by another running conversion; wait for it, or choose another with -o"
-        ) from error
-    try:
+    if _is_anothers(out):
         yield
-    finally:
-        lock.release()
+        return
+    try:
+        (out / "run").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    message = f"output folder {out} is in use by another running conversion; wait for it, or choose another with -o"
+    with held(out / "run" / LOCK, message):
+        yield
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to output folder {out}: {error.strerror}; choose another with -o")

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +34,14 @@ def lines(*rows: Any) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def zipped(content: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a.jsonl", content)
+    return stream.getvalue()
+
+
+NO_TEXTS = pa.array([], pa.string())
 GOOD: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "text": ("a.jsonl", lines({"text": TEXT}), {}),
     "blank lines and a byte order mark": ("a.jsonl", "\ufeff\n" + lines({"text": TEXT}), {}),
@@ -39,6 +55,11 @@ GOOD: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "list of texts": ("a.json", json.dumps([TEXT, TEXT]), {}),
     "one object": ("a.json", json.dumps({"text": TEXT}, indent=1), {}),
     "document": ("a.txt", TEXT, {}),
+    "gzip": ("a.jsonl", gzip.compress(lines({"text": TEXT}).encode()), {}),
+    "bz2": ("a.json", bz2.compress(json.dumps([{"text": TEXT}]).encode()), {}),
+    "xz": ("a.txt", lzma.compress(TEXT.encode()), {}),
+    "zip": ("a.jsonl", zipped(lines({"text": TEXT})), {}),
+    "objects of several lines": ("a.jsonl", lines({"text": TEXT}) + json.dumps({"text": TEXT}, indent=1), {}),
     "parquet": ("a.parquet", {"text": [TEXT, TEXT]}, {}),
     "parquet chat": ("a.parquet", {"messages": [CHAT]}, {}),
 }
@@ -52,11 +73,23 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "parquet column": ("a.parquet", {"body": [TEXT]}, {}, "its columns are body"),
     "parquet chat": ("a.parquet", {"text": [TEXT]}, {"format": "chat"}, "no column that fits data.format=chat"),
     "broken JSON": ("a.jsonl", "{broken\n", {}, "cannot read data.source=.*; check that the files are"),
+    "broken later": ("a.jsonl", lines(*[{"text": TEXT}] * 3) + "{broken\n" + lines({"text": TEXT}), {}, "line 4: Exp"),
+    "cut off": ("a.jsonl", lines({"text": TEXT}) + '{"text": "One', {}, "line 2: Unterminated string"),
+    "gzip cut off": (
+        "a.jsonl",
+        gzip.compress(lines({"text": TEXT}).encode())[:-9],
+        {},
+        "a.jsonl: .* end",
+    ),
+    "no rows": ("a.parquet", {"text": NO_TEXTS}, {}, "a.parquet has no rows; remove it, or choose other data"),
+    "empty list": ("a.json", "[ ]", {}, "a.json has no rows; remove it"),
+    "blank lines": ("a.jsonl", "\n\n", {}, "a.jsonl has no rows; remove it"),
     "broken list": ("a.json", "[{broken", {}, "cannot read data.source=.*a.json"),
     "no parquet": ("a.parquet", TEXT, {}, "cannot read data.source=.*a.parquet.*; check that the files are"),
     "no UTF-8": ("a.txt", b"\xff\xfe\x00\x01", {}, "cannot read data.source=.*a.txt.*utf-8"),
     "empty": ("a.jsonl", "", {}, "is empty; choose other data"),
-    "another kind": ("a.csv", "text\nfish", {}, "must name files of one kind; found .csv, known: .parquet"),
+    "another kind": ("a.csv", "text\nfish", {}, "must name files of one kind; found .csv, known: .parquet.*from_csv"),
+    "packed by name": ("a.jsonl.gz", gzip.compress(b"{}"), {}, "found .gz, known: .parquet.*; unpack them"),
 }
 
 
@@ -98,15 +131,31 @@ def test_folders(tmp_path: Path) -> None:
     written(tmp_path, "texts/a.jsonl", lines({"text": TEXT}))
     config = DataConfig(source=str(tmp_path / "texts"))
     check_source(config)
+    written(tmp_path, "texts/empty.jsonl", "\n")  # `datasets` passes over it
+    check_source(config)
     written(tmp_path, "texts/b.jsonl", "{broken")
     with pytest.raises(UserError, match="cannot read data.source=.*texts': b.jsonl: "):
         check_source(config)
     check_source(DataConfig(source="someone/fish"))  # of the hub nothing is asked
 
 
+def test_tables_are_converted_as_the_error_says(tmp_path: Path, pico_tokenizer: Any) -> None:
+    written(tmp_path, "NAME.csv", f'text\n"{TEXT}"\n')
+    with pytest.raises(UserError) as caught:
+        check_source(DataConfig(source=str(tmp_path)))
+    code = re.search(r'python -c "(.*)"', str(caught.value))
+    assert code
+    subprocess.run([sys.executable, "-c", code[1]], cwd=tmp_path, check=True, capture_output=True)
+    config = DataConfig(source=str(tmp_path / "NAME.parquet"), seq_len=32, packing=False)
+    check_source(config)
+    assert len(prepare(config, pico_tokenizer, cache_dir=tmp_path / "cache")) == 1
+
+
 def test_no_more_is_read_than_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "LOOKED_AT", 200)
-    check_source(written(tmp_path, "a.jsonl", lines({"text": TEXT}) + "{broken"))
+    monkeypatch.setattr(check, "ROWS", 2)
+    check_source(written(tmp_path, "a.jsonl", lines(*[{"text": TEXT}] * 3) + "{broken"))
+    check_source(written(tmp_path, "cut.jsonl", lines({"text": TEXT}) + json.dumps({"text": ["x" * 400]}, indent=1)))
     check_source(written(tmp_path, "a.json", json.dumps([{"text": TEXT}] * 9)[:-3]))
     check_source(written(tmp_path, "long.jsonl", lines({"n": "x" * 400}, {"text": TEXT})))  # cannot be told
     check_source(written(tmp_path, "long.json", json.dumps({"body": ["x" * 400]}, indent=1)))

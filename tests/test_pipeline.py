@@ -176,7 +176,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"layers": [0, 3]}, "\\[3\\] not in this model"),
     ({"model": {"name": "lama-3-8b"}}, "unknown model 'lama-3-8b'; did you mean 'llama-3-8b'"),
     ({"stages": [{"type": "finetune", "tokens": 10}]}, "stage finetune trains nothing"),
-    ({"stages": [{"type": "finetune", "tokens": 10, "train": ["*.mixr.*"]}]}, "matches no parameter"),
+    ({"stages": [{"type": "finetune", "tokens": 10, "train": ["*.mixr.*"]}]}, "matches nothing that trains"),
     ({"stages": [{"type": "finetune", "tokens": 10, "lora": {"targets": ["qq"]}}]}, "unknown lora target 'qq'"),
     ({"mixer": {"type": "liger"}}, "nothing to train: Liger adds no parameters"),
 ]
@@ -316,6 +316,18 @@ def test_two_conversions_cannot_share_a_folder(source: Path) -> None:
     with pipeline.alone(out), pytest.raises(UserError, match="is in use by another running conversion"):
         convert(recipe, out, resume=True, say=quiet)
     convert(recipe, out, resume=True, say=quiet)
+
+
+def test_a_conversion_that_has_just_begun_loses_nothing_to_another(source: Path) -> None:
+    out = source / "out"
+    with pipeline.alone(out):
+        pipeline.claim(out, make_recipe(source, stages=[]), False)
+        (out / "run" / "calibration.json").write_text("{}")
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for resume in (False, True):
+            with pytest.raises(UserError, match="is in use by another running conversion; wait for it"):
+                convert(make_recipe(source, stages=[], seed=3), out, resume=resume, say=quiet)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_the_output_folder_may_be_another_file_system(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

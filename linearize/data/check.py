@@ -1,16 +1,22 @@
 """What can be known of a source before anything is prepared: that its files are there, readable, and have the columns.
 
-`check_source` opens each local file and reads its first row, and more, up to `LOOKED_AT` of them, where the first row
-alone lacks the column. The hub is never asked.
+`check_source` opens each local file and reads its first rows, `ROWS` of all files together, and more, up to
+`LOOKED_AT`, where the first row alone lacks the column. Compressed files are read as `datasets` reads them: by what
+they hold, whatever their names. The hub is never asked.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from linearize.data.config import DataConfig
 from linearize.data.encoding import kind_of
@@ -20,8 +26,17 @@ from linearize.errors import UserError
 
 LOOKED_AT = 10 << 20
 """Characters of a JSON file that are looked at; `datasets` takes the columns from as many bytes."""
+ROWS = 100
+"""Rows that are looked at, in all files together, but one at least in each."""
+_PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_ARCHIVES = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"7z\xbc\xaf\x27\x1c", b"Rar!")
+"""How zip, zstd, lz4, 7z and rar begin: `datasets` may unpack them, and nothing is told of them here."""
 _JSON, _BETWEEN = json.JSONDecoder(strict=False), re.compile(r"[\s,]*")
 Row = dict[str, Any]
+
+
+class NoRows(ValueError):
+    """A file is what its name says, and holds nothing."""
 
 
 def check_source(config: DataConfig) -> None:
@@ -32,17 +47,24 @@ def check_source(config: DataConfig) -> None:
             the columns that `config` needs.
     """
     check = check_pairs if config.item_rows > 1 else kind_of
-    for number, file in enumerate(file for file in files_of(config) if file.stat().st_size):
+    files = [file for file in files_of(config) if file.stat().st_size]
+    for number, file in enumerate(files):
         try:
             rows = first_rows(file)
             first = next(rows, None)
-            if number or first is None:  # the first file decides on the columns
-                continue
-            try:
-                check(first, config)
-            except UserError:
-                check(_together(first, rows), config)
-        except (OSError, ValueError) as error:
+            if not number and first is not None:  # the first file decides on the columns
+                try:
+                    check(first, config)
+                except UserError:
+                    check(_together(first, rows), config)
+            for _ in islice(rows, ROWS // len(files)):
+                pass
+        except NoRows as error:
+            if not number or file.suffix == ".parquet":  # `datasets` passes over others
+                raise UserError(
+                    f"data.source={config.source!r}: {file.name} has no rows; remove it, or choose other data"
+                ) from error
+        except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(unreadable(config, ValueError(f"{file.name}: {error}"))) from error
@@ -52,22 +74,32 @@ def first_rows(file: Path) -> Iterator[Row]:
     """Rows at the beginning of a file, with values of the right types; none where that cannot be told cheaply.
 
     Raises:
-        OSError, ValueError: for a file that is not what its name says.
+        NoRows: for a file without any.
+        OSError, ValueError, EOFError, zlib.error, lzma.LZMAError: for a file that is not what its name says.
     """
     if file.suffix == ".parquet":
         yield from _parquet(file)
-    elif file.suffix == ".txt":
-        with file.open(encoding="utf-8") as stream:
-            yield {"text": stream.read(1 << 16)}
-    else:
-        yield from _json(file)
+        return
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    if start.startswith(_ARCHIVES):
+        return
+    unpack = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), open)
+    with unpack(file, "rt", encoding="utf-8-sig") as text:
+        if file.suffix == ".txt":
+            yield {"text": text.read(1 << 16)}
+        else:
+            yield from _json(text)
 
 
 def _parquet(file: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
     from pyarrow import types
 
-    schema = pq.read_schema(file)
+    with pq.ParquetFile(file) as opened:
+        schema, count = opened.schema_arrow, opened.metadata.num_rows
+    if not count:
+        raise NoRows
     if b'"Json"' in (schema.metadata or {}).get(b"huggingface", b""):  # a text that `datasets` reads as JSON
         return
 
@@ -83,35 +115,56 @@ def _parquet(file: Path) -> Iterator[Row]:
     yield {field.name: example(field.type) for field in schema}
 
 
-def _json(file: Path) -> Iterator[Row]:
+def _json(stream: TextIO) -> Iterator[Row]:
     """Rows of JSON lines, of a list of objects or texts, or the one that is the whole file."""
-    with file.open(encoding="utf-8-sig") as stream:
-        while (line := stream.readline(LOOKED_AT)).isspace():
-            pass
-        if line.lstrip().startswith("["):
-            text = line + stream.read(LOOKED_AT)
-            yield from _elements(text[text.index("[") + 1 :], whole=not stream.read(1))
+    number = 1
+    while (line := stream.readline(LOOKED_AT)).isspace():
+        number += 1
+    if not line:
+        raise NoRows
+    if line.lstrip().startswith("["):
+        text = line + stream.read(LOOKED_AT)
+        yield from _elements(text[text.index("[") + 1 :], whole=not stream.read(1))
+        return
+    try:
+        row = _value(line)
+    except ValueError:
+        text = line + stream.read(LOOKED_AT)  # an object may fill several lines
+        if _is_broken(text) or not stream.read(1):
+            row = _value(text)
+            if isinstance(row, dict):
+                yield row
+        return
+    seen = len(line)
+    while isinstance(row, dict):
+        yield row
+        line, number = stream.readline(LOOKED_AT), number + 1
+        seen += len(line)
+        if not line or seen > LOOKED_AT:
             return
         try:
-            row = _value(line)
-        except ValueError:
-            text = line + stream.read(LOOKED_AT)  # an object may fill several lines
-            if not stream.read(1) and isinstance(row := _value(text), dict):
-                yield row
-            return
-        seen = len(line)
-        while isinstance(row, dict):
-            yield row
-            line = stream.readline(LOOKED_AT)
-            seen += len(line)
-            if not line or seen > LOOKED_AT:
-                return
             row = row if line.isspace() else _value(line)
+        except json.JSONDecodeError as error:
+            text = line + stream.read(LOOKED_AT)
+            if _is_broken(text, whole=not stream.read(1)):
+                raise ValueError(f"line {number}: {error.msg}") from error
+            return
+
+
+def _is_broken(text: str, whole: bool = False) -> bool:
+    """Whether what `text` begins with can be no JSON, however it goes on after the end of `text`."""
+    try:
+        _value(text)
+    except json.JSONDecodeError as error:
+        return whole or ("\n" in text.lstrip()[error.pos :] and not error.msg.startswith("Unterminated"))
+    return False
 
 
 def _elements(text: str, whole: bool) -> Iterator[Row]:
     """Elements of a list as far as `text` has them, which is all of the file or its beginning."""
     place = 0
+    if text.lstrip().startswith("]"):
+        raise NoRows
     while not text.startswith("]", place := _BETWEEN.match(text, place).end()):  # type: ignore[union-attr]
         try:
             row, place = _JSON.raw_decode(text, place)

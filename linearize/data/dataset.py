@@ -20,7 +20,6 @@ import torch
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from linearize.data.config import DataConfig
@@ -30,6 +29,7 @@ from linearize.data.packing import Row, pack, pad_each, with_recall
 from linearize.data.preference import pair_rows
 from linearize.data.sources import open_source
 from linearize.errors import UserError, disk_full
+from linearize.progress import bar
 
 _LAYOUT = 3
 _SHARD_TOKENS = 1 << 23
@@ -157,11 +157,11 @@ def _items(
 
 
 def _counted(documents: Iterator[Document], counter: Counter[str], config: DataConfig) -> Iterator[Document]:
-    with tqdm(desc="tokenising", unit="tok", unit_scale=True, total=config.max_tokens) as bar:
+    with bar("tokenising", unit="tok", total=config.max_tokens, anywhere=True) as shown:
         for document in documents:
             counter["documents"] += 1
             counter["tokens"] += len(document.ids)
-            bar.update(len(document.ids))
+            shown.update(len(document.ids))
             yield document
 
 

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from linearize.data.config import DataConfig
@@ -27,6 +26,7 @@ from linearize.data.encoding import as_turn, render, token_ids
 from linearize.data.packing import Row
 from linearize.errors import UserError
 from linearize.evals.recall import alike, leading_bos
+from linearize.progress import bar
 
 _LOG = logging.getLogger(__name__)
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -62,7 +62,7 @@ def pair_rows(
     if config.eos_between_documents and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token; set data.eos_between_documents=false")
     bos = leading_bos(tokenizer)
-    for row in tqdm(rows, desc="tokenising", unit="pair"):
+    for row in _counted(rows):
         tokens = _tokens(row, config, tokenizer)
         fitting = None if tokens is None else fitted(tokens, config.seq_len, bos)
         if fitting is None:
@@ -83,6 +83,14 @@ def pair_rows(
         )
     if counter["long"] or counter["unclear"]:
         _LOG.info("%d pairs of %s dropped: %s", counter["long"] + counter["unclear"], config.source, dropped)
+
+
+def _counted(rows: Any) -> Iterator[dict[str, Any]]:
+    total = len(rows) if hasattr(rows, "__len__") else None  # of a stream nobody knows
+    with bar("tokenising", unit="pair", total=total, anywhere=True) as shown:
+        for row in rows:
+            yield row
+            shown.update(1)
 
 
 def fitted(tokens: Tokens, seq_len: int, bos: list[int]) -> Tokens | None:

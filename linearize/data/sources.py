@@ -15,8 +15,14 @@ from linearize.data.config import DataConfig
 from linearize.errors import UserError, did_you_mean, disk_full, local_path
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
-_OTHER_FILES = {".csv", ".tsv", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip"}
-"""Ends of files that cannot be read; a name that has one is no dataset of the Hub."""
+_OTHER_FILES = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "unpack them"),
+    ".csv": "from_csv('NAME.csv')",
+    ".tsv": "from_csv('NAME.tsv', sep='\\t')",
+    ".arrow": "from_file('NAME.arrow')",
+}
+"""Ends of files that cannot be read, and how they are unpacked, or read by `datasets.Dataset`; a name that has one is
+no dataset of the Hub."""
 _SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "dev"), "validation")
 _SHUFFLE_BUFFER = 10_000
 
@@ -39,7 +45,7 @@ def open_source(config: DataConfig, folder: Path | None) -> tuple[Any, list]:
             rows, origin = _open_files(files, part, cache) if files else _open_hub(config)
     except UserError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
         raise UserError((unreadable if files else _not_from_hub)(config, error)) from error
     if config.shuffle:
         extra = {"buffer_size": _SHUFFLE_BUFFER} if isinstance(rows, datasets.IterableDataset) else {}
@@ -74,7 +80,8 @@ def _local_files(source: str, split: str) -> list[Path]:
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.suffix in _LOADERS and p.is_file()]
+        files = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        found = [p for p in files if p.suffix in _LOADERS] or [p for p in files if p.suffix in _OTHER_FILES]
     elif any(c in source for c in "*?["):
         pattern = str(path.relative_to(path.anchor))
         found = sorted(p for p in Path(path.anchor or ".").glob(pattern) if p.is_file())
@@ -86,9 +93,19 @@ def _local_files(source: str, split: str) -> list[Path]:
     if len({_LOADERS.get(kind) for kind in kinds}) != 1 or not kinds <= set(_LOADERS):
         raise UserError(
             f"data.source={source!r} must name files of one kind; found {', '.join(sorted(kinds)) or 'none'}"
-            f", known: {', '.join(_LOADERS)}"
+            f", known: {', '.join(_LOADERS)}; {_remedy(kinds)}"
         )
     return _of_split(found, split, source)
+
+
+def _remedy(kinds: set[str]) -> str:
+    """What to do with files of these kinds, of which at least one cannot be read, or that are several."""
+    other = next((_OTHER_FILES[kind] for kind in sorted(kinds) if kind in _OTHER_FILES), None)
+    if other is None:
+        return "name files of one of them, as in texts/*.jsonl"
+    if not other.startswith("from_"):
+        return other
+    return f"convert them: python -c \"from datasets import Dataset as D; D.{other}.to_parquet('NAME.parquet')\""
 
 
 def _names_a_path(source: str) -> bool:

@@ -20,10 +20,19 @@ from linearize.data import DataConfig
 from linearize.device import default_device
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
+from linearize.evals.fewshot import room_of
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
-from linearize.evals.measure import Measurement, check_lengths, eval_tokens, measure
-from linearize.evals.parts import Parts, check_report, files_made_of, model_made_of, named_files, text_made_of
+from linearize.evals.measure import Measurement, check_evaluation, check_lengths, eval_tokens, measure
+from linearize.evals.parts import (
+    Parts,
+    check_report,
+    files_made_of,
+    held_report,
+    model_made_of,
+    named_files,
+    text_made_of,
+)
 from linearize.evals.probes.base import probe_of
 from linearize.evals.report import Report
 from linearize.evals.task_groups import GROUPS
@@ -131,14 +140,21 @@ def evaluate(
         sample_prompt=sample_prompt,
         batch_size=batch_size,
     )
-    with local_tasks(tasks_from) as (folders, local):
+    check_evaluation(asked, data)
+    with held_report(output), local_tasks(tasks_from) as (folders, local):
         if ours := sorted(set(local) & GROUPS.keys()):
             raise UserError(f"{tasks_from}: {ours[0]!r} is the name of a group of the hub's tasks; give it another")
         asked = asked.model_copy(update={"tasks": asked.tasks or local})
         paths = [*folders, *([] if include_path is None else [include_path])]
         if asked.tasks:
             say(f"reading the questions of {', '.join(asked.tasks)}")
-        questions = fetch_tasks(asked.tasks, paths, limit)
+        questions = fetch_tasks(
+            asked.tasks,
+            paths,
+            limit,
+            num_fewshot=num_fewshot,
+            room=lambda: room_of(resolve_model(name), trust_remote_code=trust_remote_code),
+        )
         model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         config = asked.model_copy(update={"lengths": asked.lengths or _lengths(data, model)})
         check_lengths(model, config.lengths)
@@ -192,21 +208,21 @@ def evaluate(
         student_measurement = take("student" if teacher else "model", model, tokenizer, source and source[0])
         del model
         teacher_measurement = take("teacher", *(source or load_teacher())) if teacher else None
-    report = Report(
-        model=name,
-        student=student_measurement,
-        teacher_model=str(teacher) if teacher else None,
-        teacher=teacher_measurement,
-        settings={
-            **config.model_dump(mode="json"),
-            "text": config.text or (data.source if data else "demo"),
-            "text_tokens": len(token_ids),
-        },
-        environment=environment,
-    )
-    if output is not None:
-        report.to_json(output)
-        parts.remove()
+        report = Report(
+            model=name,
+            student=student_measurement,
+            teacher_model=str(teacher) if teacher else None,
+            teacher=teacher_measurement,
+            settings={
+                **config.model_dump(mode="json"),
+                "text": config.text or (data.source if data else "demo"),
+                "text_tokens": len(token_ids),
+            },
+            environment=environment,
+        )
+        if output is not None:
+            report.to_json(output)
+            parts.remove()
     return report
 
 

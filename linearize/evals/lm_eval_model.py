@@ -18,11 +18,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from linearize.errors import UserError
-from linearize.evals.progress import on_a_terminal
 from linearize.evals.text import evaluating
 from linearize.hf.auto import register
 from linearize.hf.load import load
 from linearize.model_names import resolve_model
+from linearize.progress import on_a_terminal
 
 LOGIT_COPIES = 3
 """Float32 copies of a batch's logits that the harness holds at once, at most."""

@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,12 @@ import torch
 from tqdm.auto import tqdm
 
 from linearize.errors import UserError, did_you_mean
+from linearize.evals.fewshot import Room, check_examples, is_short_of_examples
 from linearize.evals.finite import watching
 from linearize.evals.items import Asked, Items, items_of
-from linearize.evals.progress import on_a_terminal
 from linearize.evals.task_groups import GROUPS, asked_groups, expand, group_mean, leaves
 from linearize.evals.text import evaluating
+from linearize.progress import on_a_terminal
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def lm_eval_tasks(
         ) from error
     except ConnectionError as error:
         raise _no_questions(", ".join(names), error) from error
-    except ValueError as error:
-        if "Sample larger than population" not in str(error):
+    except (ValueError, AssertionError) as error:
+        if not is_short_of_examples(error):
             raise
         raise UserError(
             f"a task among {', '.join(names)} has fewer questions than the examples that its prompts shall have; "
@@ -108,15 +109,23 @@ def fetch_tasks(
     tasks: Sequence[str],
     include_path: str | Path | Sequence[str | Path] | None = None,
     limit: int | None = None,
+    *,
+    num_fewshot: int | None = None,
+    room: Callable[[], Room | None] = lambda: None,
 ) -> dict[str, int]:
     """Read the questions of all tasks, from the hub where they are not in its cache: what is missing is then known
     before anything is measured.
+
+    Args:
+        num_fewshot: as `lm_eval_tasks` will get it.
+        room: gives what prompts with so many examples have to fit into.
 
     Returns:
         {task: how many of its questions will be asked}, of a group of the harness those of all its tasks.
 
     Raises:
-        UserError: when the harness is missing, a task is unknown, or its questions cannot be had.
+        UserError: when the harness is missing, a task is unknown, its questions cannot be had, or `num_fewshot`
+            examples are not there or do not fit.
     """
     if not tasks:
         return {}
@@ -126,13 +135,18 @@ def fetch_tasks(
         raise _no_harness(error) from error
     names = expand(tasks)
     manager = _task_manager(names, include_path)
+    space = room() if num_fewshot else None
     counts = {}
     for name in names:
         try:
             with own_random_numbers():
-                sizes = [len(task.eval_docs) for task in manager.load([name])["tasks"].values()]
+                found = manager.load([name])["tasks"].values()
+                sizes = [len(task.eval_docs) for task in found]
         except Exception as error:  # whatever datasets, the hub's client and the code of a task raise
             raise _no_questions(name, error) from error
+        with own_random_numbers():
+            for task in found:
+                check_examples(task, num_fewshot or 0, space)
         counts[name] = sum(min(size, limit or size) for size in sizes)
     return counts
 

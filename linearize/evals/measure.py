@@ -26,12 +26,12 @@ from linearize.evals.divergence import divergence_on_text
 from linearize.evals.finite import BROKEN, nulled, places, watching
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.measurement import Measurement
-from linearize.evals.probes.base import Probe, Subject
-from linearize.evals.progress import progress
+from linearize.evals.probes.base import DoesNotFit, Probe, Subject, probe_of
 from linearize.evals.recall_score import generate_greedily, padding_id, recall
 from linearize.evals.text import branch_losses, evaluating, loss_on_text
 from linearize.evals.workload import Work, recall_cases, works_on
 from linearize.positions import learned
+from linearize.progress import progress
 from linearize.swap import swapped, teacher_path
 
 __all__ = ["Measurement", "eval_tokens", "measure"]
@@ -190,7 +190,10 @@ def _tasks(subject: Subject, config: EvalConfig, include_path: Any) -> Measureme
 def _probed(probe: Probe, subject: Subject, teacher: Any) -> Measurement:
     key = probe.config.type
     with evaluating(subject.model), watching(subject.model, teacher) as broken:
-        result: dict[str, Any] | None = probe.run(subject)
+        try:
+            result: dict[str, Any] | None = probe.run(subject)
+        except DoesNotFit as error:
+            return _told_of(probe, None, [f"not measured: {error}"])
         lost = broken()
     if not isinstance(result, dict) or not _is_plain(result):
         raise UserError(f"{key}: run gave {str(result)[:100]}, and must give a dict of plain data, which JSON can hold")
@@ -201,7 +204,11 @@ def _probed(probe: Probe, subject: Subject, teacher: Any) -> Measurement:
     bad, n = places(result)
     if bad:
         notes.append(f"{key}: {bad} of {n} numbers are not finite and left out: {BROKEN}")
-    return Measurement(probes=[{"probe": probe.config.model_dump(mode="json"), "result": nulled(result)}], notes=notes)
+    return _told_of(probe, nulled(result), notes)
+
+
+def _told_of(probe: Probe, result: Any, notes: list[str]) -> Measurement:
+    return Measurement(probes=[{"probe": probe.config.model_dump(mode="json"), "result": result}], notes=notes)
 
 
 def _is_plain(data: Any) -> bool:
@@ -240,8 +247,10 @@ def eval_tokens(config: EvalConfig, tokenizer: Any, data: DataConfig | None = No
         return tokens_of(_text(config, data), tokenizer, max_tokens=TEXT_TOKENS)
 
 
-def check_text(config: EvalConfig, data: DataConfig | None = None) -> None:
-    """Raise the errors of `eval_tokens` that can be known before anything is read."""
+def check_evaluation(config: EvalConfig, data: DataConfig | None = None) -> None:
+    """Raise the errors of `eval_tokens` and of probes that can be known before a model is there."""
+    for probe in config.probes:
+        probe_of(probe).check()
     with _no_text(config, data):
         check_source(_text(config, data))
 

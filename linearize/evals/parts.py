@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from linearize.errors import UserError, check_target, is_partial, local_path, write_whole
 from linearize.evals.measurement import Measurement
 from linearize.hf.load import hub_file
+from linearize.locks import held
 from linearize.schema import differences
 
 SUFFIX = ".parts"
 """What the name of a report ends with while its parts are taken."""
+LOCK = ".lock"
+"""What the name of the file ends with that a running evaluation holds locked."""
 MODEL_FILES = (
     "*.safetensors*",
     "config.json",
@@ -94,6 +98,19 @@ def check_report(path: str | Path) -> None:
     check_target(_beside(Path(path)))
 
 
+def held_report(path: str | Path | None) -> AbstractContextManager[None]:
+    """Inside the context no other evaluation has its parts and its report at `path`; nothing for None.
+
+    Raises:
+        UserError: when another process evaluates into it.
+    """
+    if path is None:
+        return nullcontext()
+    report = Path(path).expanduser()
+    message = f"{report} is in use by another running evaluation; wait for it, or give another file with --output"
+    return held(report.with_name(f".{report.name}{LOCK}"), message, remove=True)
+
+
 def _beside(report: Path) -> Path:
     return report.with_name(f"{report.name}{SUFFIX}")
 
@@ -110,7 +127,7 @@ def model_made_of(name: str, revision: str | None = None) -> Any:
 
 def files_made_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Path, bytes and time of the last change of each file, but for what evaluations keep there, under any name."""
-    kept = (path for path in sorted(files) if not (path.name.endswith(SUFFIX) or is_partial(path)))
+    kept = (path for path in sorted(files) if not (path.name.endswith((SUFFIX, LOCK)) or is_partial(path)))
     stats = [(str(path.resolve()), path.stat()) for path in kept if path.is_file()]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 

@@ -42,7 +42,7 @@ def probe_views(
         for probe in measurement.probes:
             settings = probe.get("probe")
             if "result" in probe and probe["result"] is None:
-                continue  # its predictions were no numbers, which the notes tell
+                continue  # the notes tell why
             if isinstance(settings, dict) and isinstance(settings.get("type"), str):
                 kinds.setdefault(settings["type"], []).append((name, settings, probe.get("result")))
             else:

@@ -18,10 +18,10 @@ import torch
 from transformers import GenerationConfig
 
 from linearize.evals.finite import BROKEN, watching
-from linearize.evals.progress import advance
 from linearize.evals.recall import LEAD, RecallItem, make_prompt
 from linearize.evals.statistics import wilson
 from linearize.evals.text import evaluating
+from linearize.progress import advance
 
 CASES: tuple[tuple[int, int], ...] = ((1, 200), (1, 900), (1, 1800), (4, 1700), (8, 1500))
 """(facts, tokens between the facts and the question) that are asked when nothing else is said."""

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from linearize.errors import UserError
-from linearize.evals.progress import advance
 from linearize.mixers.base import branch_off, branches_of
+from linearize.progress import advance
 from linearize.swap import swapped
 
 LOGIT_BUDGET = 2**25

@@ -22,12 +22,21 @@ ADAPTER = "adapter"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise a UserError for what is no folder with a configuration."""
+    """Raise a UserError for what is no folder with a configuration, or has one that is no JSON object."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}; give a checkpoint's folder, or a hub repository such as org/name")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json, so it is not a finished Hugging Face checkpoint")
+    for file in filter(Path.is_file, (folder / "config.json", folder / "generation_config.json")):
+        try:
+            found = json.loads(read_text(file))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            continue  # transformers says what it is, or goes on without it
+        if not isinstance(found, dict):
+            raise UserError(f"{file} holds no JSON object but {str(found)[:40]!r}; copy or download it again")
 
 
 def weight_files(folder: Path) -> list[str]:

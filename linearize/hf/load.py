@@ -160,6 +160,12 @@ def load_config(path_or_repo: str | Path, *, trust_remote_code: bool = False, re
             raise UserError(f"the configuration of {source} cannot be read: {' '.join(str(error).split())}") from error
 
 
+def load_tokenizer(path_or_repo: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """Only the tokenizer of a model; arguments and errors as `load`."""
+    with _asking(path_or_repo):
+        return _tokenizer(_source(path_or_repo), trust_remote_code=trust_remote_code, revision=revision)
+
+
 @contextmanager
 def _asking(path_or_repo: str | Path) -> Iterator[None]:
     """Explains what goes wrong while a model's files are read; those of a silent hub come from the local cache."""

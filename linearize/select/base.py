@@ -101,6 +101,10 @@ class Selector:
         wanted = self.config.count(config.get_text_config().num_hidden_layers)
         return [found[(i + 1) * len(found) // wanted - 1] for i in range(wanted)]
 
+    def cost(self, config: Any, seq_len: int) -> str:
+        """What `choose` will read, in words, on a model with this configuration; "" where it is not known."""
+        return ""
+
     def choose(self, model: Any, tokenizer: Any, data: PackedDataset) -> Choice:
         """Choose the layers.
 

@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from tqdm.auto import tqdm
 
 from linearize.arguments import by_name, positional
 from linearize.data import PackedDataset, model_inputs
@@ -33,6 +32,7 @@ from linearize.evals.recall import WORDS, RecallItem, make_prompt
 from linearize.evals.text import LOGIT_BUDGET, evaluating
 from linearize.families.base import Family
 from linearize.losses import divergence
+from linearize.progress import bar
 from linearize.schema import Count, Seed
 from linearize.select.base import Choice, Round, Selector, SelectorConfig
 
@@ -89,24 +89,37 @@ class WindowAblation(Selector):
                 f"layers.facts (each takes {MARGIN}) or layers.window"
             )
 
+    def cost(self, config: Any, seq_len: int) -> str:
+        """How often the model reads how much; the training text may turn out to be shorter."""
+        wanted = self.config.count(config.get_text_config().num_hidden_layers)
+        count, length = looks(len(self.candidates(config)), wanted), self.length(seq_len)
+        text, asked = length * self._rows(length), self.config.questions
+        often = f"{count:,} look{'s' * (count != 1)}"
+        questions = f" and {asked:,} questions of about {length:,}" if asked else ""
+        return f"{often} at {text:,} tokens of text{questions}, {count * (text + asked * length):,} tokens in all"
+
+    def _rows(self, length: int) -> int:
+        """Rows of text of that length that are looked at."""
+        return max(1, self.config.tokens // length)
+
     def choose(self, model: Any, tokenizer: Any, data: PackedDataset) -> Choice:
         self.check(model.config, data.seq_len)
         wanted = self.config.count(model.config.get_text_config().num_hidden_layers)
         left = self.candidates(model.config)
         lost = [i for i in super().candidates(model.config) if i not in left]  # they see no further anyway
         rounds = []
-        with evaluating(model), _masks_are_honoured(model), tqdm(desc="choosing layers", unit="look") as bar:
+        shown = bar("choosing layers", unit="look", total=looks(len(left), wanted))
+        with evaluating(model), _masks_are_honoured(model), shown as counted:
             texts = self._texts(data)
             questions = self._questions(tokenizer, data)
             seen = [self._hidden(model, ids, asked) for ids, asked in texts + questions]
-            bar.total = looks(len(left), wanted)
             while len(left) > wanted:
                 scores = {}
                 for layer in left:
                     with windowed(model, self.family, [*lost, layer], self.config.window):
                         harm = [self._harm(model, item, h) for item, h in zip(texts + questions, seen, strict=True)]
                     scores[layer] = sum(mean(part) for part in (harm[: len(texts)], harm[len(texts) :]) if part)
-                    bar.update()
+                    counted.update(1)
                 least = sorted(left, key=lambda layer: scores[layer])[: _dropped(len(left) - wanted)]
                 rounds.append(Round(scores, tuple(sorted(least))))
                 lost += least
@@ -116,7 +129,7 @@ class WindowAblation(Selector):
     def _texts(self, data: PackedDataset) -> list[Any]:
         """(inputs, positions that are compared) of a row each, the first of the training data."""
         length = self.length(data.seq_len)
-        rows = [data.batch([i]) for i in range(min(len(data), max(1, self.config.tokens // length)))]
+        rows = [data.batch([i]) for i in range(min(len(data), self._rows(length)))]
         items = []
         for row in rows:
             inputs = {k: v[:, :length] for k, v in model_inputs(row).items()}

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
-from tqdm.auto import tqdm
 
 from linearize.data import Rows, batches
 from linearize.errors import UserError, disk_full
+from linearize.progress import bar
 from linearize.training.checkpoint import load_checkpoint, save_checkpoint
 from linearize.training.config import TrainingConfig
 from linearize.training.interrupt import between_steps
@@ -83,9 +83,8 @@ def train(
         start, seconds, plateau = state["step"], state["seconds"], Plateau(**state["plateau"])
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     feed = batches(data, micro, config.seed, start * accumulate, rank, world)
-    progress: dict[str, Any] = {"total": steps * per_step, "initial": start * per_step, "desc": config.type}
-    shown = accelerator.is_local_main_process
-    with between_steps() as stop, tqdm(**progress, unit="tok", unit_scale=True, disable=not shown) as bar:
+    drawn = bar(config.type, unit="tok", total=steps * per_step, initial=start * per_step)
+    with between_steps() as stop, drawn as shown:
         for step in range(start, steps):
             began = time.perf_counter()
             torch.manual_seed(stream_seed(config.seed, step))
@@ -108,8 +107,8 @@ def train(
             took = time.perf_counter() - began
             seconds += took
             values |= {"tokens": (step + 1) * per_step, "tokens_per_second": per_step / took}
-            bar.set_postfix(loss=f"{values['loss']:.4g}", lr=f"{values['lr']:.2g}", refresh=False)
-            bar.update(per_step)
+            shown.set_postfix(loss=f"{values['loss']:.4g}", lr=f"{values['lr']:.2g}", refresh=False)
+            shown.update(per_step)
             if step % config.log_every == 0 or step == steps - 1:
                 accelerator.log(values, step=step)
                 if log:

@@ -65,14 +65,18 @@ def select(model: nn.Module, patterns: list[str], stage: str) -> dict[str, nn.Pa
     named = dict(model.named_parameters())
     chosen: dict[str, nn.Parameter] = {}
     for pattern in patterns:
-        hits = fnmatch.filter(named, pattern)
-        if not hits:
-            raise UserError(
-                f"stage {stage}: train pattern {pattern!r} matches no parameter; names look like "
-                f"{', '.join(list(named)[1:4])}; groups are {GROUPS}"
-            )
-        chosen.update({name: named[name] for name in hits})
+        chosen.update({name: named[name] for name in _matching(pattern, list(named), f"stage {stage}: train")})
     return chosen
+
+
+def _matching(pattern: str, names: list[str], where: str) -> list[str]:
+    """Those of the names of parameters that a pattern matches; a UserError where there is none."""
+    if hits := fnmatch.filter(names, pattern):
+        return hits
+    raise UserError(
+        f"{where} pattern {pattern!r} matches nothing that trains; names look like {', '.join(names[:3])}; groups are "
+        f"{GROUPS}"
+    )
 
 
 def last_match(values: Mapping[str, float], name: str, otherwise: float) -> float:
@@ -91,18 +95,13 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
     nothing trains from the start.
     """
     own = [own_name(name) for name in names]
-    looks = f"what trains looks like {', '.join(own[:3])}"
     if not own:
         raise UserError(f"stage {config.type} trains nothing; remove it, or name parameters that it can train")
     for key in (field for field in FIELDS if hasattr(config, field)):
         for pattern in getattr(config, key):
-            if not fnmatch.filter(own, pattern):
-                raise UserError(
-                    f"stage {config.type}: {key} pattern {pattern!r} matches nothing that trains; {looks}; groups are "
-                    f"{GROUPS}"
-                )
+            _matching(pattern, own, f"stage {config.type}: {key}")
     if (first := min(starts(config, name) for name in own)) > 0:
         raise UserError(
             f"stage {config.type}: unfreeze lets nothing train before {first:g} of the steps; leave a pattern out, or "
-            f"train what is to wait in a later stage; {looks}"
+            f"train what is to wait in a later stage; what trains looks like {', '.join(own[:3])}"
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,30 @@ def test_a_stopped_evaluation_goes_on_and_gives_the_same(
     assert found.student.probes == json.loads(json.dumps(whole.student.probes))
     assert Report.from_json(output) == found
     assert [path.name for path in student.glob("*evaluated*")] == [name], "nothing is left behind"
+
+
+def test_two_evaluations_cannot_write_one_report(student: Path, tmp_path: Path) -> None:
+    """The first is another process, which is killed at the end."""
+    output, alive = tmp_path / "report.json", tmp_path / "alive"
+    output.write_text("the report of the day before")
+    code = "import pathlib, sys, time; from linearize.evals.parts import held_report\n"
+    code += "with held_report(sys.argv[1]): pathlib.Path(sys.argv[2]).touch(); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(output), str(alive)])
+    try:
+        while not alive.exists():
+            assert other.poll() is None
+            time.sleep(0.1)
+        with pytest.raises(UserError, match="report.json is in use by another running evaluation; wait for it"):
+            run(student, output)
+        assert output.read_text() == "the report of the day before"
+    finally:
+        other.kill()
+        other.wait()
+    report, _ = run(student, output, probes=[])
+    assert Report.from_json(output) == report
+    assert [path.name for path in tmp_path.iterdir() if "report" in path.name] == ["report.json"], (
+        "nothing is left behind"
+    )
 
 
 def test_what_was_taken_on_the_teacher_too_is_taken_over(

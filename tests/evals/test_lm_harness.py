@@ -71,6 +71,32 @@ def test_more_examples_than_questions(converted, pico_tokenizer, task_folder):
         lm_eval_tasks(converted("lolcats"), pico_tokenizer, ["tiny_choice"], include_path=task_folder, num_fewshot=50)
 
 
+def refused_before_loading(monkeypatch, **options):
+    """What `evaluate` says of the demo model without loading it."""
+    monkeypatch.setattr(evaluating, "load", lambda *args, **options: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError) as error:
+        evaluating.evaluate("demo", device="cpu", **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("sampler", ["default", "first_n"])
+def test_more_examples_than_questions_are_known_before_weights_are_loaded(task_folder, monkeypatch, sampler):
+    with (task_folder / "tiny_choice.yaml").open("a") as file:
+        file.write(f"fewshot_config: {{sampler: {sampler}}}\n")
+    options = {"tasks": ["tiny_choice"], "include_path": task_folder}
+    assert fetch_tasks(["tiny_choice"], task_folder, num_fewshot=4) == {"tiny_choice": 4}
+    message = refused_before_loading(monkeypatch, num_fewshot=5, **options)
+    assert "task tiny_choice has fewer questions to take examples from than the 5" in message
+
+
+def test_examples_that_do_not_fit_are_known_before_weights_are_loaded(task_folder, monkeypatch):
+    rows = [{"query": f"{i} word" * 900, "choices": [" a", " b"], "gold": 0} for i in range(4)]
+    (task_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = refused_before_loading(monkeypatch, num_fewshot=2, tasks=["tiny_choice"], include_path=task_folder)
+    assert "with 2 examples the prompts of task tiny_choice have 5," in message
+    assert "the model reads 2,048" in message and "give a smaller num_fewshot" in message
+
+
 def test_random_numbers_go_on_as_if_no_task_had_run(converted, pico_tokenizer, task_folder):
     def draws():
         return random.random(), float(np.random.rand()), float(torch.rand(()))

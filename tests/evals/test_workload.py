@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from linearize.evals import progress
+from linearize import progress
 from linearize.evals.config import EvalConfig
 from linearize.evals.measure import measure
 from linearize.evals.probes.base import Probe, probe_of

@@ -87,6 +87,31 @@ def test_surplus_is_halved_in_rounds(left: int, wanted: int, expected: int) -> N
     assert looks(left, wanted) == expected
 
 
+def test_the_plan_tells_what_the_choice_reads(
+    tmp_path: Path, pico_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by the tokens that the model then reads, but for the first look at the source itself."""
+    write_source(tmp_path, pico_model("llama"), pico_tokenizer)
+    layers = {"type": "window_ablation", "keep": 1, "window": 4, "facts": [1], "tokens": 2 * ROW + 5, "questions": 3}
+    sections: dict[str, Any] = {"data": {"source": str(tmp_path / "train.jsonl"), "seq_len": ROW}, "layers": layers}
+    recipe = make_recipe(tmp_path, stages=[], evaluation=None, **sections)
+    told = "            in 5 looks at 336 tokens of text and 3 questions of about 168, 4,200 tokens in all"
+    assert told in outline(recipe, plan_of(recipe)).splitlines()
+    assert told in plan_of(recipe).before_choice().splitlines()
+    read: list[int] = []
+    hidden = WindowAblation._hidden
+
+    def counted(self: Any, model: Any, inputs: Any, asked: Any) -> torch.Tensor:
+        read.append(inputs["input_ids"].numel())
+        return hidden(self, model, inputs, asked)
+
+    monkeypatch.setattr(WindowAblation, "_hidden", counted)
+    said: list[str] = []
+    convert(recipe, tmp_path / "out", say=said.append)
+    assert len(read) == 6 * (2 + 3) and sum(read) * 5 / 6 == pytest.approx(4200, rel=0.1)
+    assert told in said[0] and told not in said[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -209,7 +209,7 @@ def test_bfloat16_weights_train_in_float32_and_stay_bfloat16(
     ("mixer", "settings", "message"),
     [
         ("liger", {}, "nothing to train: Liger adds no parameters; remove the stage"),
-        ("lolcats", {"train": ["*.mixer.map_z.*"]}, "train pattern '\\*.mixer.map_z.\\*' matches no parameter"),
+        ("lolcats", {"train": ["*.mixer.map_z.*"]}, "train pattern '\\*.mixer.map_z.\\*' matches nothing that trains"),
         (
             "lolcats",
             {"train": ["lm_head.*"]},

@@ -175,7 +175,7 @@ def test_the_loss_falls(converted: Callable[..., Any], pico_tokenizer: Any, tmp_
     ("settings", "message"),
     [
         ({}, "trains nothing; set lora: {r: 8}, or train: \\[all\\]"),
-        ({"train": ["*.mixr.*"]}, "train pattern '\\*.mixr.\\*' matches no parameter; names look like model"),
+        ({"train": ["*.mixr.*"]}, "train pattern '\\*.mixr.\\*' matches nothing that trains; names look like model"),
         ({"lora": {"targets": ["q", "qproj"]}}, "unknown lora target 'qproj'; did you mean 'q_proj'\\?"),
     ],
 )

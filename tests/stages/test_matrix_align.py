@@ -252,7 +252,7 @@ def test_mixers_without_a_matrix_are_refused(converted: Callable[..., Any], mixe
     [
         ("liger", {}, "stage matrix_align has nothing to train: Liger adds no parameters"),
         ("gdn", {"train": ["lm_head.*"]}, "trains swapped layers' attention only, and pattern 'lm_head.\\*'"),
-        ("gdn", {"train": ["*.mixr.*"]}, "train pattern '\\*.mixr.\\*' matches no parameter"),
+        ("gdn", {"train": ["*.mixr.*"]}, "train pattern '\\*.mixr.\\*' matches nothing that trains"),
     ],
 )
 def test_nothing_sensible_to_train(

@@ -76,7 +76,7 @@ def settings(name: str = "Outside", **values: Any) -> dict[str, Any]:
         ({"train": ["*.o_prj.*"]}, r"stage my_stages:Outside: train pattern '\*.o_prj.\*' matches nothing that trains"),
         (
             {"train": ["o", "mixer"]},
-            r"train pattern '\*.mixer.\*' matches nothing that trains; what trains looks like m",
+            r"train pattern '\*.mixer.\*' matches nothing that trains; names look like m",
         ),
         ({"lrs": {"q": 1e-3}}, "lrs pattern '.*q_proj.*' matches nothing that trains"),
         ({"unfreeze": {"*.mlp.*": 0.5}}, "unfreeze pattern '.*mlp.*' matches nothing that trains"),

@@ -54,7 +54,7 @@ def test_stages_train_groups_and_name_them(converted: Any) -> None:
     model = converted("lolcats", "LSL")
     stage = make_stage("finetune", train=["q", "mixer"])
     assert {name.split(".")[4] for name in stage.prepare(model)} == {"q_proj", "mixer"}
-    with pytest.raises(UserError, match=r"'mixers' matches no parameter; .* groups are all, mixer, attention, "):
+    with pytest.raises(UserError, match=r"'mixers' matches nothing that trains; .* groups are all, mixer, attention, "):
         make_stage("finetune", train=["mixers"]).check(model)
 
 

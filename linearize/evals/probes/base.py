@@ -33,6 +33,10 @@ class ProbeConfig(Strict):
     type: str = Field(description="Which probe: the name of a file in linearize/evals/probes, or module:Class.")
 
 
+class DoesNotFit(UserError):
+    """A model or text that a probe's settings do not fit: it is left out, a note says why, and all else is measured."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What a probe looks at."""
@@ -105,6 +109,9 @@ class Probe:
         """
         return []
 
+    def check(self) -> None:
+        """Raise a UserError for settings that can be known to be wrong before a model is there, such as files."""
+
     def run(self, subject: Subject) -> dict[str, Any]:
         """Measure. The model is as it was afterwards.
 
@@ -112,7 +119,7 @@ class Probe:
             Plain data for JSON; numbers that are not finite become None, with a note.
 
         Raises:
-            UserError: when the model or text does not fit the settings; the remedy names `probes`.
+            DoesNotFit: when the model or text does not fit the settings; the text names the probe and the remedy.
         """
         raise NotImplementedError
 

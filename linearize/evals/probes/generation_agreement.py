@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveInt
 
-from linearize.errors import UserError
-from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
-from linearize.evals.progress import advance
+from linearize.evals.probes.base import DoesNotFit, Probe, ProbeConfig, Rows, Subject
 from linearize.evals.recall import alike
 from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
 from linearize.evals.views import Lines, Table, View
+from linearize.progress import advance
 from linearize.schema import Count
 
 
@@ -59,15 +58,15 @@ class GenerationAgreement(Probe):
         for buckets of them, and how many they are.
 
         Raises:
-            UserError: when prompt and continuation do not fit the model.
+            DoesNotFit: when prompt and continuation do not fit the model.
         """
         config = self.config
         assert subject.teacher is not None
         prompt = self._prompt(subject.seq_len)
         room, _ = subject.fitting(prompt + config.tokens)
         if room < prompt + config.tokens:
-            raise UserError(
-                f"probes: generation_agreement needs {prompt} tokens of prompt and {config.tokens} more, and the text "
+            raise DoesNotFit(
+                f"generation_agreement needs {prompt} tokens of prompt and {config.tokens} more, and the text "
                 f"or the model has {room}; set prompt_tokens or tokens lower"
             )
         pad, ends = padding_id(subject.tokenizer), _ends(subject.model)

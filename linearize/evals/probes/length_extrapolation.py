@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from linearize.errors import UserError
-from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
+from linearize.evals.probes.base import DoesNotFit, Probe, ProbeConfig, Rows, Subject
 from linearize.evals.text import doubling_edges, position_losses
 from linearize.evals.views import Lines, View
 
@@ -52,14 +51,14 @@ class LengthExtrapolation(Probe):
         not finite.
 
         Raises:
-            UserError: when training length or text are too short for any loss.
+            DoesNotFit: when training length or text are too short for any loss.
         """
         short = subject.seq_len
         length, notes = subject.fitting(self.config.times * short)
         ended = "; ".join(notes) if length < self.config.times * short else None
         if min(short, length) < 2:
-            raise UserError(
-                f"probes: length_extrapolation predicts tokens from those before, and the training length is {short}, "
+            raise DoesNotFit(
+                f"length_extrapolation predicts tokens from those before, and the training length is {short}, "
                 f"the longest window {length}; give a longer text, or leave the probe out"
             )
         if length <= short:

@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 from linearize.errors import UserError
 from linearize.evals import recall
 from linearize.evals.local_tasks import KINDS, read_rows
-from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
+from linearize.evals.probes.base import DoesNotFit, Probe, ProbeConfig, Rows, Subject
 from linearize.evals.synthetic.score import batches_of, log_likelihoods
 from linearize.evals.views import Bars, Table, View
 from linearize.schema import Seed
@@ -74,9 +74,17 @@ class OptionPermutation(Probe):
         """The questions of its own, in all rotations; how long they are depends on the tokenizer."""
         return [(self.config.items * OPTIONS, 0)] if self.config.questions is None else []
 
+    def check(self) -> None:
+        """Read the file of questions."""
+        if self.config.questions is not None:
+            self._told(self.config.questions)
+
     def run(self, subject: Subject) -> dict[str, Any]:
         """`{"n", "options", "accuracy", "consistent", "chosen": [share of each letter], "right": [accuracy where the
         right option has that letter]}`.
+
+        Raises:
+            DoesNotFit: when a question is longer than the model's positions.
         """
         questions = self._questions(subject)
         n, options = len(questions), len(questions[0].choices)
@@ -88,8 +96,8 @@ class OptionPermutation(Probe):
         limit = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(a.input_ids) for a in asked) + 1
         if limit is not None and longest > limit:
-            raise UserError(
-                f"probes: a question of option_permutation takes {longest} tokens and the model has {limit} positions; "
+            raise DoesNotFit(
+                f"a question of option_permutation takes {longest} tokens and the model has {limit} positions; "
                 "give shorter `questions`"
             )
         letters: dict[tuple[int, int], int] = {}
@@ -112,7 +120,11 @@ class OptionPermutation(Probe):
     def _questions(self, subject: Subject) -> list[Question]:
         if self.config.questions is None:
             return [_about_facts(subject, random.Random(f"{self.config.seed}:{i}")) for i in range(self.config.items)]
-        path = Path(self.config.questions).expanduser()
+        return self._told(self.config.questions)
+
+    def _told(self, name: str) -> list[Question]:
+        """The questions of a file."""
+        path = Path(name).expanduser()
         if not path.is_file():
             raise UserError(f"probes: option_permutation.questions={str(path)!r} does not exist; name a JSONL file")
         kind = KINDS["options"]

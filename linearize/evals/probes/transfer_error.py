@@ -18,8 +18,7 @@ from pydantic import Field, PositiveInt
 from torch.nn.functional import cosine_similarity
 from torch.utils._pytree import tree_map
 
-from linearize.errors import UserError
-from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject, layer_bars
+from linearize.evals.probes.base import DoesNotFit, Probe, ProbeConfig, Rows, Subject, layer_bars
 from linearize.evals.views import View
 from linearize.schema import Count
 from linearize.swap import SwappedAttention, source_weights, student_path, swapped
@@ -47,7 +46,7 @@ class TransferError(Probe):
         """`{"tokens", "layers": [{"layer", "error", "cosine", "size"}], "notes"}`.
 
         Raises:
-            UserError: when the teacher is of another shape than the student.
+            DoesNotFit: when the teacher is of another shape than the student.
         """
         assert subject.teacher is not None
         length, notes = subject.fitting(self.config.length or subject.seq_len)
@@ -101,8 +100,8 @@ def _comparing(model: Any, teacher: Any, sums: dict[int, torch.Tensor]) -> Itera
     layers = swapped(model)
     family = next(iter(layers.values())).family
     if _size(teacher) != _size(model):
-        raise UserError(
-            "probes: transfer_error feeds the student's layers with the teacher's inputs, and teacher and student "
+        raise DoesNotFit(
+            "transfer_error feeds the student's layers with the teacher's inputs, and teacher and student "
             f"have {_size(teacher)} and {_size(model)} layers and channels; give the model it was converted from as "
             "`teacher`, or leave the probe out"
         )

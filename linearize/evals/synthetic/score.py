@@ -19,11 +19,11 @@ import torch
 
 from linearize.evals.finite import watching
 from linearize.evals.probes.base import Subject
-from linearize.evals.progress import advance
 from linearize.evals.recall_score import generate_greedily, padding_id
 from linearize.evals.statistics import wilson
 from linearize.evals.synthetic.items import Item
 from linearize.evals.text import evaluating
+from linearize.progress import advance
 
 
 class Prompted(Protocol):

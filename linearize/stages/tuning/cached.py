@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
 
 from linearize.data import PackedDataset
 from linearize.errors import UserError
+from linearize.progress import bar
 from linearize.training.checkpoint import write_tensors
 from linearize.training.loop import Batch
-from linearize.training.processes import is_main, processes, rank
+from linearize.training.processes import processes, rank
 
 LOG_PROBS, TOKENS = "teacher_log_probs", "teacher_tokens"
 """What is added to a batch, for its N predictions in order: [N, k + 1], the last of all other tokens, and [N, k]."""
@@ -56,13 +56,7 @@ def write_predictions(
         UserError: for a file there that is damaged or of something else, or when the disk is full.
     """
     own = list(enumerate(shards(data, rows, facts["top_k"])))[rank() :: processes()]
-    with tqdm(
-        total=sum(len(part) for _, part in own) * data.seq_len,
-        desc="teacher",
-        unit="tok",
-        unit_scale=True,
-        disable=not is_main(),
-    ) as bar:
+    with bar("teacher", unit="tok", total=sum(len(part) for _, part in own) * data.seq_len) as shown:
         for number, part in own:
             path = _path(folder, number)
             if path.exists():
@@ -76,7 +70,7 @@ def write_predictions(
                 log_probs, tokens = (torch.cat([t.cpu() for t in column]) for column in zip(*found, strict=True))
                 tensors = {"log_probs": log_probs.float(), "tokens": tokens.int(), "counts": torch.cat(counts)}
                 write_tensors(path, tensors, {**facts, "rows": part})
-            bar.update(len(part) * data.seq_len)
+            shown.update(len(part) * data.seq_len)
 
 
 class WithPredictions:

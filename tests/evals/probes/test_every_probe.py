@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
+from linearize.evals.evaluate import evaluate
 from linearize.evals.measure import measure
+from linearize.evals.probe_views import probe_views
 from linearize.evals.probes.base import Probe, probe_of
 from linearize.evals.views import Bars, HeatMap, Lines, Table
+from linearize.preflight import check_sources
+from linearize.recipe import Recipe
 from linearize.registry import find, keys
 from linearize.swap import teacher_path
 
@@ -82,6 +87,41 @@ def test_a_probe_that_does_not_fit_is_left_out(key: str, student: Any, pico_toke
         found = run(key, student, pico_tokenizer)
     probe = probe_of(key)
     assert len(found) == (0 if probe.needs_teacher or probe.needs_mixers else 1)
+
+
+@pytest.mark.parametrize(
+    ("probe", "note"),
+    [
+        (
+            {"type": "generation_agreement", "tokens": 5000},
+            "not measured: generation_agreement needs .* lower",
+        ),
+        ({"type": "option_permutation"}, r"not measured: a question of option_permutation takes \d+ tokens and .* 512"),
+        ({"type": "length_extrapolation"}, "not measured: length_extrapolation predicts .* or leave the probe out"),
+    ],
+)
+def test_settings_that_do_not_fit_stop_nothing_else(
+    probe: dict[str, Any], note: str, student: Any, pico_tokenizer: Any, tmp_path: Any
+) -> None:
+    if probe["type"] == "option_permutation":
+        (tmp_path / "long.jsonl").write_text(json.dumps({"query": "q" * 600, "choices": ["a", "b"], "gold": 0}))
+        probe = {**probe, "questions": str(tmp_path / "long.jsonl")}
+    config = EvalConfig(lengths=[32], windows=2, recall=False, branches=False, probes=[probe, "state_norms"])
+    how: dict[str, Any] = {"token_ids": TEXT, "has_teacher": True}
+    found = measure(student, pico_tokenizer, config, seq_len=1 if "length" in probe["type"] else 32, **how)
+    assert [each["result"] is None for each in found.probes] == [True, False] and found.losses
+    (told,) = [each for each in found.notes if "not measured" in each]
+    assert re.fullmatch(f"{note}.*", told)
+    assert probe_views({"student": found}, trusted=False)[1] == [], "the note says it, and the page no more"
+
+
+def test_questions_in_a_file_are_read_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearize.evals.evaluate.load", lambda *args, **options: pytest.fail("weights were loaded"))
+    probe = {"type": "option_permutation", "questions": "none.jsonl"}
+    with pytest.raises(UserError, match=r"option_permutation.questions='none.jsonl' does not exist"):
+        evaluate("demo", device="cpu", probes=[probe])
+    with pytest.raises(UserError, match=r"option_permutation.questions='none.jsonl' does not exist"):
+        check_sources(Recipe.load("auto", model="demo", overrides=[f"evaluation.probes={json.dumps([probe])}"]))
 
 
 @pytest.mark.parametrize(

@@ -91,5 +91,5 @@ def test_another_model_can_be_the_teacher(
 
 
 def test_what_does_not_fit_is_refused(converted: Callable[..., Any], pico_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="probes: generation_agreement .* set prompt_tokens or tokens lower"):
+    with pytest.raises(UserError, match="generation_agreement .* set prompt_tokens or tokens lower"):
         run_probe(PROBE, converted("gdn", "LSL"), pico_tokenizer, text=TEXT[:20])

@@ -99,7 +99,7 @@ def test_what_limits_the_length_is_said(pico_model: Callable[..., Any], converte
     assert beyond["length"] == 256 and "positions from 64 on are beyond" in beyond["notes"][0]
     ends = run_probe({**PROBE, "windows": 1}, converted("gdn", "LSL", family="gpt2", max_position_embeddings=64))
     assert ends["length"] == 64 and "lengths end at 64 tokens" in ends["notes"][0]
-    with pytest.raises(UserError, match="probes: length_extrapolation .* the longest window 1; give a longer text"):
+    with pytest.raises(UserError, match="length_extrapolation .* the longest window 1; give a longer text"):
         run_probe(PROBE, pico_model(), text=TEXT[:1])
 
 
