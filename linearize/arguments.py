@@ -23,7 +23,7 @@ def by_name(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> dic
 
 
 CACHES = ("cache", "past_key_values", "layer_past")
-"""Names of the cache among arguments: since transformers 5.24, before, and in GPT-NeoX before."""
+"""Names of the cache among arguments: since transformers 5.24, before, and in the layers of GPT-NeoX."""
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
