@@ -22,6 +22,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from linearize.arguments import continued
 from linearize.bench_training import StepSpeed, time_stages
 from linearize.errors import UserError, check_target, write_whole
 from linearize.evals.table import NOTHING, grid
@@ -216,7 +217,7 @@ def _generate(model: Any, ids: torch.Tensor, decode_tokens: int) -> tuple[float,
 
 
 def _next(model: Any, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = continued(model, cache, input_ids=ids, logits_to_keep=1).logits
     return logits[:, -1:].argmax(-1)
 
 

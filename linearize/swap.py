@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from linearize.arguments import by_name, cache_of, positional
+from linearize.arguments import by_name, cache_of, not_found, positional
 from linearize.batch import NO_BATCH, Batch, read_batch, reordered
 from linearize.families.base import Family
 from linearize.hf.cache import state_layer
@@ -47,12 +47,19 @@ class SwappedAttention(nn.Module):
     """Names of the arguments of the family's attention, in order."""
 
     def given(self, args: tuple, kwargs: Mapping[str, Any]) -> Call:
-        """Read the arguments of a forward call, which architectures name and order differently."""
+        """Read the arguments of a forward call, which architectures name and order differently.
+
+        Raises:
+            ValueError: where a cache is to be used that cannot be found.
+        """
         all_given = by_name(self.names, args, kwargs)
+        cache = cache_of(all_given)
+        if cache is None and all_given.get("use_cache"):
+            raise ValueError(not_found(f"layer {self.layer_idx} is told to use a cache, and is given none"))
         return Call(
             all_given["hidden_states"],
             all_given.get("position_embeddings"),
-            cache_of(all_given),
+            cache,
             all_given.get("linearize_batch") or NO_BATCH,
         )
 

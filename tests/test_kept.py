@@ -14,6 +14,7 @@ from hf.test_export import in_clean_process, logits
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from linearize.arguments import cache_of, continued
 from linearize.errors import UserError
 from linearize.hf.auto import linearized
 from linearize.hf.export import export
@@ -133,8 +134,8 @@ def test_decoding_is_prefill(pico_model: Any, kept: Kept) -> None:
     for pieces in ([21], [1] * 21, [5, 1, 8, 7]):
         cache, found = None, []
         for piece in ids().split(pieces, dim=1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = continued(model, cache, input_ids=piece)
+            cache = cache_of(out)
             found.append(out.logits)
         torch.testing.assert_close(torch.cat(found, dim=1), whole, atol=1e-5, rtol=1e-5)
 

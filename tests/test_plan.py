@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 
+from linearize.arguments import cache_of
 from linearize.errors import UserError
 from linearize.plan import Plan, choose_layers, make_plan
 from linearize.recipe import Recipe
@@ -109,7 +110,7 @@ def test_the_plan_is_what_the_swap_does(converted: Any, pico_config: Any) -> Non
     assert plan.source_parameters + plan.new_parameters == sum(p.numel() for p in model.parameters())
     assert [x.module for x in plan.layers if x.mixer] == list(swapped(model))
     with torch.no_grad():
-        cache = model(torch.arange(2, 42)[None], use_cache=True).past_key_values
+        cache = cache_of(model(torch.arange(2, 42)[None], use_cache=True))
     assert plan.layers[0].state_bytes == cache.layers[0].nbytes()
     assert plan.description()["layers"] == [0, None, 0]
     assert plan.description()["mixers"][0]["window"] == 8

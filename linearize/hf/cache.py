@@ -27,6 +27,9 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
 
     is_compileable = True
+    """Also while it records its past: where a layer says no, transformers 5.24 leaves out masks that hide the places to
+    come of a static memory.
+    """
     supports_early_init = False
 
     softmax: Any = None

@@ -87,6 +87,9 @@ def build_classes(family: type[Family], find: Find, module: str) -> tuple[type, 
             return result
 
         def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: Any) -> bool:
+            # Drafts have ever other lengths, and the inputs of a state that records its past are kept to be replayed.
+            if any(getattr(layer, "record_past", False) for layer in getattr(cache_of(model_kwargs), "layers", ())):
+                return False
             # A state is a new tensor after every step, which a CUDA graph that is run again would overwrite.
             chosen = generation_config.compile_config
             records = chosen is None or chosen.mode in ("reduce-overhead", "max-autotune")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
+from linearize.arguments import cache_of, continued
 from linearize.errors import UserError
 from linearize.evals.text import evaluating
 from linearize.natives.base import Native
@@ -118,7 +119,7 @@ def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B, T, vocabulary] float32: all tokens but the last at once, and the last from the cache."""
     with evaluating(model), _in_float32(model):
         first = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
-        last = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+        last = continued(model, cache_of(first), input_ids=ids[:, -1:], attention_mask=mask)
     return torch.cat([first.logits, last.logits], dim=1).float()
 
 

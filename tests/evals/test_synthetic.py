@@ -50,6 +50,12 @@ def length(tokenizer: Any, pico_tokenizer: Any) -> int:
     return LENGTHS["pico" if tokenizer is pico_tokenizer else "demo"]
 
 
+class Output(dict):
+    """What models return: a mapping with attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
 class Answering(torch.nn.Module):
     """A model that is sure of `answer(prompt)` and nothing else."""
 
@@ -67,14 +73,14 @@ class Answering(torch.nn.Module):
         rows = [[*self.answer(prompt), *[pad_token_id] * max_new_tokens][:max_new_tokens] for prompt in prompts]
         return torch.cat([input_ids, torch.tensor(rows)], dim=1)
 
-    def forward(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        told = past_key_values or [self.answer(row.tolist()) for row in input_ids]
-        width = 1 if past_key_values is None else input_ids.shape[1]
+    def forward(self, input_ids: Any, cache: Any = None, **kwargs: Any) -> Any:
+        told = cache or [self.answer(row.tolist()) for row in input_ids]
+        width = 1 if cache is None else input_ids.shape[1]
         logits = torch.zeros(len(told), width, self.vocabulary)
         for row, ids in enumerate(told):
             for at in range(width):
-                logits[row, at, [*ids, *[0] * width][at + (past_key_values is not None)]] = 10.0
-        return SimpleNamespace(logits=logits, past_key_values=told)
+                logits[row, at, [*ids, *[0] * width][at + (cache is not None)]] = 10.0
+        return Output(logits=logits, cache=told)
 
 
 def read(tokenizer: Any, ids: list[int]) -> str:

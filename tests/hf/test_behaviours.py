@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging import version
 from pico import KEYS, find_family, pico_model
 from torch.utils._pytree import tree_leaves
 from transformers import pipeline
 
 from linearize import registry
+from linearize.arguments import CACHES, cache_of, continued
 from linearize.hf.auto import linearized, register
 from linearize.hf.cache import StateLayer
 from linearize.swap import swapped
@@ -39,6 +41,15 @@ def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **
     """The tokens that follow, `[B, NEW]`."""
     mask = torch.ones_like(ids) if mask is None else mask
     return model.generate(ids, attention_mask=mask, **OPTIONS, **options)[:, ids.shape[1] :]
+
+
+def renamed(name: str) -> Any:
+    """A hook that gives a module's forward its cache under this name."""
+
+    def hook(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {name if key in CACHES else key: value for key, value in kwargs.items()}
+
+    return hook
 
 
 @pytest.fixture
@@ -75,6 +86,17 @@ def test_drafted_decoding_equals_greedy(converted: Any, removed: list[int], fami
     assert sum(removed) > 0  # some drafts were wrong, and the states went back
 
 
+@pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.24"), reason="transformers refuses it")
+@every_mixer
+@every_layout
+def test_drafted_decoding_into_static_memory(converted: Any, removed: list[int], key: str, layers: str) -> None:
+    """Its masks are those of a memory with places to come; where a layer denies that, transformers leaves them out."""
+    model, ids = converted(key, layers), prompt(1, 7).repeat(1, 3)
+    options = {"prompt_lookup_num_tokens": 2, "cache_implementation": "static"}
+    torch.testing.assert_close(generate(model, ids, **options), generate(model, ids, use_cache=False))
+    assert sum(removed) > 0
+
+
 @every_family
 @torch.no_grad()
 def test_a_model_is_pickled_and_copied(family: str) -> None:
@@ -109,9 +131,9 @@ def test_rows_of_a_cache_move(converted: Any, key: str, layers: str) -> None:
     model, ids, more = converted(key, layers), prompt(3), prompt(3, 5, seed=2)
 
     def following(cache: Any, more: torch.Tensor) -> torch.Tensor:
-        return model(more, past_key_values=cache).logits
+        return continued(model, cache, input_ids=more).logits
 
-    filled = model(ids, use_cache=True).past_key_values
+    filled = cache_of(model(ids, use_cache=True))
     for rows, move in (
         ([2, 0, 0], lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0]))),
         ([0, 0, 1, 1, 2, 2], lambda cache: cache.batch_repeat_interleave(2)),
@@ -119,7 +141,7 @@ def test_rows_of_a_cache_move(converted: Any, key: str, layers: str) -> None:
     ):
         moved = copy.deepcopy(filled)
         move(moved)
-        fresh = model(ids[rows], use_cache=True).past_key_values
+        fresh = cache_of(model(ids[rows], use_cache=True))
         torch.testing.assert_close(following(moved, more[rows]), following(fresh, more[rows]), atol=1e-4, rtol=1e-4)
     filled.reset()
     torch.testing.assert_close(following(filled, ids), model(ids).logits)
@@ -128,17 +150,33 @@ def test_rows_of_a_cache_move(converted: Any, key: str, layers: str) -> None:
 @every_mixer
 @every_layout
 @torch.no_grad()
-def test_layers_take_the_cache_under_its_newer_name(converted: Any, key: str, layers: str) -> None:
+def test_layers_take_the_cache_under_all_its_names(converted: Any, key: str, layers: str) -> None:
     """Transformers 5.24 calls `cache` what was `past_key_values`; under a name not known, layers forget the prompt."""
-    model, ids = converted(key, layers), prompt()
-    expected = generate(model, ids, use_cache=False)
+    for name in CACHES:
+        model, ids = converted(key, layers), prompt()
+        expected = generate(model, ids, use_cache=False)
+        for attn in swapped(model).values():
+            attn.register_forward_pre_hook(renamed(name), with_kwargs=True)
+        assert torch.equal(generate(model, ids), expected)
 
-    def renamed(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {"cache" if name == "past_key_values" else name: value for name, value in kwargs.items()}
 
+@every_family
+@torch.no_grad()
+def test_a_cache_that_layers_cannot_find_is_refused(converted: Any, family: str) -> None:
+    """A name that is not known would leave layers without their states: of a cache, or of what is told by `use_cache`
+    alone, which not every architecture hands on.
+    """
+    model, ids = converted("gdn", "LSL", family=family), prompt()
     for attn in swapped(model).values():
-        attn.register_forward_pre_hook(renamed, with_kwargs=True)
-    assert torch.equal(generate(model, ids), expected)
+        attn.register_forward_pre_hook(renamed("memory"), with_kwargs=True)
+    assert model(ids, use_cache=False).logits.isfinite().all()
+    with pytest.raises(ValueError, match="a cache is given as memory; a converted model needs one cache, called cache"):
+        model(ids)
+    for attn in swapped(model).values():
+        attn.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"memory": None}), with_kwargs=True)
+    if family in ("llama", "gpt2", "gpt_neox"):
+        with pytest.raises(ValueError, match="layer 0 is told to use a cache, and is given none; a converted model"):
+            model(ids)
 
 
 @every_mixer
@@ -146,7 +184,7 @@ def test_layers_take_the_cache_under_its_newer_name(converted: Any, key: str, la
 @torch.no_grad()
 def test_a_dropped_cache_is_freed_at_once(converted: Any, key: str, layers: str) -> None:
     """Nothing in a cache refers back to it, which would keep it in memory until Python looks for cycles."""
-    cache = converted(key, layers)(prompt(), use_cache=True).past_key_values
+    cache = cache_of(converted(key, layers)(prompt(), use_cache=True))
     held = tree_leaves([layer.state if isinstance(layer, StateLayer) else [layer.keys] for layer in cache.layers])
     tensors = [weakref.ref(tensor) for tensor in held]
     assert len(tensors) >= 3

@@ -12,8 +12,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from linearize import registry
+from linearize.arguments import cache_name, cache_of, continued
 from linearize.hf.auto import find_class
+from linearize.hf.cache import state_layer
 from linearize.mixers.base import Mixer, config_from_dict
+from linearize.swap import swapped
 from linearize.testing.calls import inputs, new_mixer, run
 
 TOKENS = 64
@@ -57,7 +60,7 @@ def test_models_compile_without_graph_breaks(converted: Any, key: str, layers: s
     assert counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(found.logits[mask.bool()], expected.logits[mask.bool()])
     longer = {"attention_mask": torch.nn.functional.pad(mask, (0, 5), value=1)}
-    following, wanted = (model(more, past_key_values=x.past_key_values, **longer).logits for x in (found, expected))
+    following, wanted = (continued(model, cache_of(x), input_ids=more, **longer).logits for x in (found, expected))
     torch.testing.assert_close(following, wanted)
 
 
@@ -68,8 +71,23 @@ def test_generation_records_no_cuda_graphs_of_states(converted: Any, monkeypatch
     cache = StaticCache(config=model.config, max_cache_len=32)
     for mode, expected in ((None, True), ("default", True), ("reduce-overhead", False), ("max-autotune", False)):
         config = GenerationConfig(compile_config=CompileConfig(mode=mode))
-        assert model._valid_auto_compile_criteria({"past_key_values": cache}, config) == expected, mode
-    assert not model._valid_auto_compile_criteria({"past_key_values": cache}, GenerationConfig())
+        assert model._valid_auto_compile_criteria({cache_name(type(model)): cache}, config) == expected, mode
+    assert not model._valid_auto_compile_criteria({cache_name(type(model)): cache}, GenerationConfig())
+
+
+def test_drafted_decoding_is_not_compiled(converted: Any) -> None:
+    """A state that records its past keeps what each step read."""
+    model = converted("gdn", "LSL")
+    config, cache = (
+        GenerationConfig(compile_config=CompileConfig(mode=None)),
+        StaticCache(model.config, max_cache_len=9),
+    )
+    config.compile_config._compile_all_devices = True
+    for attn in swapped(model).values():
+        state_layer(cache, attn.layer_idx)
+    assert model._valid_auto_compile_criteria({cache_name(type(model)): cache}, config)
+    cache.activate_past_recording()
+    assert not model._valid_auto_compile_criteria({cache_name(type(model)): cache}, config)
 
 
 @pytest.mark.parametrize(("key", "layers"), [("lolcats", "LSL"), ("gdn", "LLL")])

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from linearize import registry
+from linearize.arguments import cache_of, continued
 from linearize.hf.cache import StateLayer, state_layer
 from linearize.swap import swapped
 
@@ -56,7 +57,7 @@ def test_crop_equals_never_having_seen_them(converted: Any, key: str, layers: st
         past = cache.get_seq_length()
         mask_so_far = mask[:, : past + ids.shape[1]]
         positions = (mask_so_far.cumsum(1) - 1).clamp(min=0)[:, past:]
-        return model(ids, attention_mask=mask_so_far, position_ids=positions, past_key_values=cache).logits
+        return continued(model, cache, input_ids=ids, attention_mask=mask_so_far, position_ids=positions).logits
 
     cache = DynamicCache(config=model.config)
     for attn in swapped(model).values():
@@ -72,7 +73,7 @@ def test_crop_equals_never_having_seen_them(converted: Any, key: str, layers: st
 
 
 def test_crop_without_a_record_is_an_error(converted: Any) -> None:
-    cache = converted(registry.keys("mixers")[0])(prompt(), use_cache=True).past_key_values
+    cache = cache_of(converted(registry.keys("mixers")[0])(prompt(), use_cache=True))
     with pytest.raises(NotImplementedError, match=r"its past was not recorded; call `cache.activate_past_recording"):
         cache.crop(-1)
 

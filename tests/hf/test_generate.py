@@ -10,6 +10,7 @@ from pico import cases
 from transformers import DynamicCache, StaticCache
 
 from linearize import registry
+from linearize.arguments import cache_name, cache_of, continued
 from linearize.hf.cache import StateLayer, state_layer
 
 LONG, NEW = 21, 14  # the prompt and the continuation both cross the window of 8
@@ -72,7 +73,7 @@ def test_continue_from_cache(converted: Any, family: str, key: str, layers: str)
     model = converted(key, layers, family=family)
     first = generate(model, prompt(2), return_dict_in_generate=True)
     longer = torch.cat([first.sequences, prompt(2, 9, seed=5)], dim=1)
-    second = generate(model, longer, past_key_values=first.past_key_values)
+    second = generate(model, longer, **{cache_name(type(model)): cache_of(first)})
     torch.testing.assert_close(second, generate(model, longer, use_cache=False))
 
 
@@ -89,10 +90,10 @@ def test_other_ways_to_fill_a_cache(
 def test_state_size_does_not_depend_on_length(converted: Any, key: str) -> None:
     model = converted(key, "LSL")
     with torch.no_grad():
-        cache = model(prompt(2, 1), use_cache=True).past_key_values
+        cache = cache_of(model(prompt(2, 1), use_cache=True))
         sizes = {tuple(layer.nbytes() for layer in state_layers(cache))}
         for tokens in (1, 3, 40, 1):
-            cache = model(prompt(2, tokens), past_key_values=cache).past_key_values
+            cache = cache_of(continued(model, cache, input_ids=prompt(2, tokens)))
             sizes.add(tuple(layer.nbytes() for layer in state_layers(cache)))
     assert len(sizes) == 1 and min(next(iter(sizes))) > 0
     assert [isinstance(layer, StateLayer) for layer in cache.layers] == [True, False, True]
@@ -109,6 +110,6 @@ def test_a_softmax_layer_sizes_the_masks(pico_config: Any) -> None:
 
 def test_a_filled_softmax_cache_is_not_replaced(pico_model: Any, converted: Any) -> None:
     cache = DynamicCache(config=pico_model().config)
-    pico_model()(prompt(), past_key_values=cache)
+    continued(pico_model(), cache, input_ids=prompt())
     with pytest.raises(ValueError, match="layer 0 already holds 21 tokens of a softmax layer"):
-        converted(registry.keys("mixers")[0])(prompt(), past_key_values=cache)
+        continued(converted(registry.keys("mixers")[0]), cache, input_ids=prompt())

@@ -7,6 +7,8 @@ import torch
 from mixer_cases import CASES, Case
 from ops.op_cases import assert_close, random_splits
 
+from linearize.arguments import cache_of, continued
+
 T, MORE = 72, 6  # longer than the default window and chunk, and several small ones
 
 DOUBLE = 1e-10
@@ -37,14 +39,14 @@ def feed(model: Any, ids: torch.Tensor, mask: torch.Tensor, lengths: list[int]) 
     cache, logits, end = None, [], 0
     for length in lengths:
         piece, end = slice(end, end + length), end + length
-        out = model(
-            ids[:, piece],
+        out = continued(
+            model,
+            cache,
+            input_ids=ids[:, piece],
             attention_mask=mask[:, :end],
             position_ids=positions[:, piece],
-            past_key_values=cache,
-            use_cache=True,
         )
-        cache = out.past_key_values
+        cache = cache_of(out)
         logits.append(out.logits)
     assert end == ids.shape[1]
     return torch.cat(logits, dim=1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mixers.mixer_cases import NATIVE
 
+from linearize.arguments import cache_of, continued
 from linearize.errors import UserError
 from linearize.hf.native import native_model, native_of
 from linearize.natives.qwen3_next import Qwen3Next
@@ -146,8 +147,8 @@ def test_pieces_and_steps_equal_one_call(made: Any, source: str) -> None:
             for length in lengths:
                 end = start + length
                 options = {} if given is None else {"attention_mask": given[:, :end]}
-                result = native(ids[:, start:end], past_key_values=cache, use_cache=True, **options)
-                cache, start = result.past_key_values, end
+                result = continued(native, cache, input_ids=ids[:, start:end], **options)
+                cache, start = cache_of(result), end
                 found.append(result.logits)
             together = torch.cat(found, dim=1)
             assert_same(together[:, 11:], truth[:, 11:])
@@ -172,7 +173,7 @@ def test_its_state_is_as_large_as_ours(made: Any) -> None:
     ours, ids = made(), tokens(1, 40)
     native = native_model(ours)
     with torch.no_grad():
-        theirs, own = (model(ids, use_cache=True).past_key_values for model in (native, ours))
+        theirs, own = (cache_of(model(ids, use_cache=True)) for model in (native, ours))
     heads, size = 4, 8
     recurrent = theirs.layers[0].recurrent_states
     recurrent = recurrent[0] if isinstance(recurrent, dict | list | tuple) else recurrent

@@ -19,6 +19,7 @@ from paged_cases import KERNEL, settings_of
 from safetensors.torch import load_file
 
 from linearize import registry
+from linearize.arguments import cache_of
 from linearize.errors import UserError
 from linearize.hf.export import export
 from linearize.natives.base import conversion
@@ -127,7 +128,7 @@ def test_states_have_the_shapes_of_the_models_own_cache(converted: Any, key: str
     model = converted(key, "LSL", settings=settings)
     shapes = states(model.config)
     assert list(shapes) == [0, 2]
-    cache = model(torch.randint(2, 97, (1, 20)), use_cache=True).past_key_values
+    cache = cache_of(model(torch.randint(2, 97, (1, 20)), use_cache=True))
     for layer, (*conv, recurrent) in shapes.items():
         state = cache.layers[layer].state
         assert recurrent == (*state["linear"].transpose(-1, -2).shape[1:],)

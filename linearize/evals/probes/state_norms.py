@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from linearize.arguments import cache_of, continued
 from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject, layer_bars
 from linearize.evals.text import doubling_edges
 from linearize.evals.views import Lines, View
@@ -65,8 +66,7 @@ class StateNorms(Probe):
         for ids in subject.batches(length, self.config.windows):
             cache = None
             for at, (first, end) in enumerate(pairwise([0, *points])):
-                out = family.base_model(model)(input_ids=ids[:, first:end], past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                cache = cache_of(continued(family.base_model(model), cache, input_ids=ids[:, first:end]))
                 for layer, attn in zip(squares, layers, strict=True):
                     held = [m.double() for m in attn.mixer.matrices(state_layer(cache, layer).state)]
                     if held:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from linearize.arguments import cache_of, continued
 from linearize.evals.finite import watching
 from linearize.evals.probes.base import Subject
 from linearize.evals.recall_score import generate_greedily, padding_id
@@ -117,8 +118,8 @@ def log_likelihoods(model: Any, items: Sequence[Prompted]) -> list[list[float]]:
             ids = torch.tensor([[*c, *[c[-1]] * (width - len(c))] for c in candidates], device=device)
             log_p = first
             if width > 1:
-                cache = copy.deepcopy(read.past_key_values)
-                more = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+                cache = copy.deepcopy(cache_of(read))
+                more = continued(model, cache, input_ids=ids[:, :-1]).logits
                 log_p = torch.cat([first, more.float().log_softmax(-1)], dim=1)
             taken = log_p.gather(-1, ids[..., None])[..., 0].double().tolist()  # [B, width]
             columns.append([sum(row[: len(c)]) for row, c in zip(taken, candidates, strict=True)])

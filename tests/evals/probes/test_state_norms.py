@@ -11,6 +11,7 @@ import torch
 from evals.probes.subjects import run_probe, small, windows
 
 from linearize import registry
+from linearize.arguments import cache_of, continued
 from linearize.evals.probes.state_norms import effective_rank
 from linearize.swap import swapped
 
@@ -31,7 +32,7 @@ def test_equals_the_states_of_reading_token_by_token(family: str, key: str, conv
     expected = []
     for t in range(96):
         with torch.no_grad():
-            cache = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(continued(model, cache, input_ids=ids[:, t : t + 1]))
         if t + 1 in (64, 96):
             held = attn.mixer.matrices(cache.layers[0].state)
             assert held and all(m.ndim == 4 and len(m) == 2 for m in held)
