@@ -212,7 +212,7 @@ def test_the_card_names_its_recipe_and_how_to_follow_it(source: Path, tmp_path: 
     assert "linearize convert --model source --recipe recipe.yaml\n" in card
     assert "# source, linearized with lolcats" in card
     (title,) = re.findall("^# (.*)", card_of("demo", recipe="auto", student=measured()), re.M)
-    what = "delta rule on hedgehog features beside a softmax window of 64 tokens"
+    what = "delta rule on hedgehog features beside a softmax window of 256 tokens"
     assert title == f"demo, linearized with recipe auto ({what})"
     assert "model_name" not in card and "name: demo-auto\n" in card_of("demo", recipe="auto", student=measured())
     assert "# demo, linearized with gdn\n" in card_of("demo", recipe="gdn")
