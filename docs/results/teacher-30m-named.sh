@@ -14,7 +14,7 @@ named() {
     linearize convert --model "$TEACHER" --recipe default/$name model.dtype=float32 "$data" "$evaluation" \
         'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" -o runs/named/$name
 }
-# The rates of stages that train everything are auto's: the papers' are for a hundred times as many parameters.
+# The rates of stages that train everything are auto's first ones: the papers' are for a hundred times as many parameters.
 kl() { echo "stages.$1.lr=3.0e-4"; }
 mixer='lrs={mixer: 1.0e-3}'
 short="stages.0.batch_size=32 stages.1.batch_size=32 stages.1.schedule=cosine"
