@@ -111,9 +111,9 @@ def test_weights_of_other_sizes(folder: Path) -> None:
     ("name", "text", "message"),
     [
         ("config.json", "{}", "the configuration of .* cannot be read"),
-        ("config.json", "[]", "config.json holds no JSON object but .*; copy or download it again"),
-        ("config.json", "3", "config.json holds no JSON object but '3'"),
-        ("generation_config.json", "[]", "generation_config.json holds no JSON object"),
+        ("config.json", "[]", "config.json is damaged: it holds no JSON object but .*; copy or download it again"),
+        ("config.json", "3", "config.json is damaged: it holds no JSON object but '3'"),
+        ("generation_config.json", "[]", "generation_config.json is damaged: it holds no JSON object"),
         ("tokenizer.json", "{", "has no tokenizer that loads"),
         ("tokenizer.json", "{}", "has no tokenizer that loads"),
         ("tokenizer_config.json", "{", "has no tokenizer that loads"),
