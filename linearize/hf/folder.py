@@ -36,7 +36,8 @@ def check_folder(folder: Path) -> None:
                 raise
             continue  # transformers says what it is, or goes on without it
         if not isinstance(found, dict):
-            raise UserError(f"{file} is damaged: it holds no JSON object but {str(found)[:40]!r}; copy or download it again")
+            shown = str(found)[:40]
+            raise UserError(f"{file} is damaged: it holds no JSON object but {shown!r}; copy or download it again")
 
 
 def weight_files(folder: Path) -> list[str]:
