@@ -3,7 +3,7 @@
 from linearize.data.check import check_source
 from linearize.data.config import DataConfig
 from linearize.data.dataset import prepare, read_tokens, tokens_of
-from linearize.data.packed import PackedDataset, Rows, batches, model_inputs, visited
+from linearize.data.packed import PackedDataset, Rows, batches, model_inputs, predicted, visited
 from linearize.data.packing import pack, pad_each
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "model_inputs",
     "pack",
     "pad_each",
+    "predicted",
     "prepare",
     "read_tokens",
     "tokens_of",

@@ -133,6 +133,11 @@ def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: batch[name] for name in INPUTS if name in batch}
 
 
+def predicted(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which places predict a label, [B, T - 1] bool: of token t + 1 at t, which is no target where it is masked."""
+    return batch["labels"][:, 1:] != -100
+
+
 def batches(
     dataset: Rows, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:

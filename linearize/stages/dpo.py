@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from linearize.data import predicted
 from linearize.evals.text import evaluating
 from linearize.losses import preference
 from linearize.snapshot import Snapshot
@@ -101,7 +102,7 @@ class DPO(Tuned):
         """log p [B] of each row's labels given what precedes them, summed over tokens, float32."""
         hidden, targets = self.hidden(model, batch)
         labels = batch["labels"]
-        rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels[:, 1:])[labels[:, 1:] != -100]
+        rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels[:, 1:])[predicted(batch)]
 
         def per_row(hidden: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             logits = self.family.logits(model, hidden).float()

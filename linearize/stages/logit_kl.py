@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from linearize.data import DataConfig, PackedDataset, Rows, visited
+from linearize.data import DataConfig, PackedDataset, Rows, predicted, visited
 from linearize.errors import UserError
 from linearize.losses import coarse_divergence, divergence, likeliest, next_token
 from linearize.stages.tuning.cached import LOG_PROBS, TOKENS, WithPredictions, write_predictions
@@ -33,7 +33,7 @@ from linearize.training.loop import Batch, Metrics
 from linearize.training.precision import autocast
 from linearize.training.processes import is_main, join, wait_for_all
 
-Divergence = Callable[[Any], torch.Tensor]
+Compare = Callable[[Any], torch.Tensor]
 CACHE = "teacher"
 """Folder of the predictions in that of the stage."""
 
@@ -179,30 +179,30 @@ class LogitKL(Tuned):
         return self.scored(loss, hidden, expected, targets, _of_answers(batch))
 
     def _mixed(
-        self, divergence: Divergence, student: torch.Tensor, targets: torch.Tensor, answers: torch.Tensor
+        self, compare: Compare, student: torch.Tensor, targets: torch.Tensor, answers: torch.Tensor
     ) -> torch.Tensor:
         """Loss, divergence and cross-entropy, the last where `ce_on` says, each summed over predictions: [3].
 
         Args:
-            divergence: of the predictions that an index chooses, summed.
+            compare: the divergence of the predictions that an index chooses, summed.
             student: logits [N, vocabulary].
             targets: [N] token ids.
             answers: [N] bool, which of them are of answers.
         """
         config, everywhere = self.config, slice(None)
-        kl = divergence(everywhere)
+        kl = compare(everywhere)
         if config.ce_on == "all":
             ce = next_token(student, targets)
             loss = (1 - config.ce) * kl + config.ce * ce
         else:
             ce = next_token(student[answers], targets[answers])
-            loss = kl + config.ce * (ce - divergence(answers))
+            loss = kl + config.ce * (ce - compare(answers))
         return torch.stack([loss, kl, ce])
 
 
 def _of_answers(batch: Batch) -> torch.Tensor:
     """Which of the predicted tokens of a batch are of answers in recall documents, [N] bool."""
-    asked = batch["labels"][:, 1:] != -100
+    asked = predicted(batch)
     answers = batch.get("answers")
     return torch.zeros_like(asked[asked]) if answers is None else answers[:, 1:][asked]
 

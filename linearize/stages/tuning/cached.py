@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from linearize.data import PackedDataset
+from linearize.data import PackedDataset, predicted
 from linearize.errors import UserError
 from linearize.progress import bar
 from linearize.training.checkpoint import write_tensors
@@ -65,7 +65,7 @@ def write_predictions(
                 found, counts = [], []
                 for i in range(0, len(part), batch_size):
                     batch = data.batch(part[i : i + batch_size])
-                    counts.append((batch["labels"][:, 1:] != -100).sum(1))
+                    counts.append(predicted(batch).sum(1))
                     found.append(predict(batch))
                 log_probs, tokens = (torch.cat([t.cpu() for t in column]) for column in zip(*found, strict=True))
                 tensors = {"log_probs": log_probs.float(), "tokens": tokens.int(), "counts": torch.cat(counts)}

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linearize.data import model_inputs
+from linearize.data import model_inputs, predicted
 from linearize.errors import UserError
 from linearize.fake_run import idle_without
 from linearize.mixers.base import branches_of
@@ -137,7 +137,7 @@ class Tuned(Stage):
                 attn.mixer.disabled = frozenset({"window"} if torch.rand(()) < chance else ())
 
     def count(self, batch: Batch) -> int:
-        return int((batch["labels"][:, 1:] != -100).sum())
+        return int(predicted(batch).sum())
 
     def finish(self, model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         for attn in swapped(model).values():
@@ -172,9 +172,8 @@ class Tuned(Stage):
     def hidden(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The final hidden states that predict something, [N, C], and the tokens they are to predict, [N]."""
         hidden = self.family.base_model(model)(**model_inputs(batch), use_cache=False).last_hidden_state
-        targets = batch["labels"][:, 1:]
-        asked = targets != -100
-        return hidden[:, :-1][asked], targets[asked]
+        asked = predicted(batch)
+        return hidden[:, :-1][asked], batch["labels"][:, 1:][asked]
 
     def scored(self, loss: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
         """The sum of `loss(*pieces)`, summed losses [K] themselves, over pieces of `head_chunk` rows.
