@@ -44,19 +44,24 @@ class TrainingConfig(StageConfig):
     )
     schedule: Literal["cosine", "linear", "constant", "plateau"] = Field(
         "cosine",
-        description="Decay after warm-up; plateau multiplies by 0.1 when the mean loss stops falling.",
+        description="Decay after warm-up; plateau multiplies by 0.1 when the training loss stops falling, as torch's "
+        "`ReduceLROnPlateau` does: when for more than `plateau_patience` windows in a row its mean over "
+        "`plateau_window` steps has not been 0.01% below the least before.",
     )
     warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps in which lr rises linearly from 0.")
     min_lr_ratio: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Share r of lr at which a decay ends, one step after the last, as in transformers and torch. Of n "
-        "steps, w of them warm-up, step s (from 0) has lr times r + (1 - r) f; f is (1 + cos(pi d)) / 2 (cosine) or "
-        "1 - d (linear), d is (s - w) / (n - w).",
+        description="Share r of lr below which a plateau does not take it, and at which other decays end, one step "
+        "after the last, as in transformers and torch. Of n steps, w of them warm-up, step s (from 0) has lr times "
+        "r + (1 - r) f; f is (1 + cos(pi d)) / 2 (cosine) or 1 - d (linear), d is (s - w) / (n - w).",
     )
-    plateau_patience: Count = Field(
-        50, gt=0, description="Optimiser steps per window whose mean loss the plateau schedule compares."
+    plateau_window: Count = Field(
+        100, gt=0, description="Optimiser steps whose mean loss the plateau schedule compares with those before."
+    )
+    plateau_patience: int = Field(
+        10, ge=0, description="Windows in a row without a new least mean that the plateau schedule lets pass."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW moment decays.")

@@ -76,7 +76,8 @@ def train(
     micro, accumulate = _split(config, world)
     per_step, steps = config.batch_size * data.item_tokens, config.steps(data.item_tokens)
     optimizer = adamw(_groups(parameters, lr_scale), config)
-    start, seconds, plateau = 0, 0.0, Plateau(config.plateau_patience)
+    plateau = Plateau(config.plateau_window, config.plateau_patience, config.min_lr_ratio)
+    start, seconds = 0, 0.0
     average = Average(config.ema, parameters) if config.ema is not None else None
     averages = average.values if average else None
     if resume and (state := load_checkpoint(folder, parameters, optimizer, averages)):

@@ -63,11 +63,18 @@ class Average:
 
 @dataclass
 class Plateau:
-    """Multiplies by 0.1 each time a window's mean loss is not below the best window so far."""
+    """Factor on lr that falls when a loss does not, as torch's `ReduceLROnPlateau` on means over `window` steps.
+
+    A mean is new best when it is below (1 - 1e-4) times the best before. After more than `patience` others in a row
+    `factor` is multiplied by 0.1, down to `least`, and the count begins again.
+    """
 
     window: int
+    patience: int
+    least: float = 0.0
     factor: float = 1.0
     best: float = math.inf
+    bad: int = 0
     losses: list[float] = field(default_factory=list)
 
     def update(self, loss: float) -> None:
@@ -77,7 +84,9 @@ class Plateau:
             return
         mean = sum(self.losses) / len(self.losses)
         self.losses = []
-        if mean < self.best:
-            self.best = mean
+        if mean < self.best * (1 - 1e-4):
+            self.best, self.bad = mean, 0
         else:
-            self.factor *= 0.1
+            self.bad += 1
+        if self.bad > self.patience:
+            self.factor, self.bad = max(self.least, 0.1 * self.factor), 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from trainable import dataset, make_stage, metrics, snapshot
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -113,13 +115,27 @@ def test_a_cosine_ends_where_those_of_transformers_and_torch_do(warmup: float) -
     assert found[-1] == pytest.approx(least * lr) and found[-2] > found[-1]
 
 
-def test_plateau_multiplies_by_a_tenth_when_a_window_is_no_better_than_the_best() -> None:
-    plateau = Plateau(window=2)
-    factors = []
-    for loss in [5, 3, 2, 4, 9, 1, 1, 1, 2, 2]:  # windows of mean 4, 3, 5, 1, 2
-        plateau.update(loss)
-        factors.append(plateau.factor)
-    assert factors == pytest.approx([1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01])
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_plateau_falls_when_that_of_torch_does(patience: int) -> None:
+    rng, lr, least, window = random.Random(patience), 0.5, 0.004, 3
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    theirs = ReduceLROnPlateau(optimizer, factor=0.1, patience=patience, min_lr=least * lr)
+    ours, found = Plateau(window, patience, least), []
+    for step in range(60):
+        losses = [max(1.0, 3 - 0.2 * step) + rng.uniform(-0.5, 0.5) for _ in range(window)]
+        for loss in losses:
+            assert ours.factor * lr == pytest.approx(optimizer.param_groups[0]["lr"])
+            ours.update(loss)
+        theirs.step(sum(losses) / window)
+        found.append(ours.factor)
+    assert found[0] == 1 and found[-1] == pytest.approx(least) and len(set(found)) == 4
+
+
+def test_a_loss_that_falls_little_beside_its_noise_keeps_its_rate() -> None:
+    plateau, rng = Plateau(TrainingConfig.model_fields["plateau_window"].default, 10), random.Random(0)
+    for step in range(5000):
+        plateau.update(3 * math.exp(-step / 5000) + rng.gauss(0, 0.3))
+    assert plateau.factor == 1
 
 
 def test_stream_seeds_differ_in_every_part() -> None:
@@ -191,7 +207,8 @@ def test_clip_bounds_the_step(converted: Callable[..., Any], data: Any, tmp_path
 def test_a_killed_run_resumes_to_the_same_bits(
     converted: Callable[..., Any], data: Any, tmp_path: Path, key: str, schedule: str
 ) -> None:
-    settings = {"steps": 14, "checkpoint_every": 3, "schedule": schedule, "plateau_patience": 1, **generic(key)}
+    settings = {"steps": 14, "checkpoint_every": 3, "schedule": schedule, **generic(key)}
+    settings |= {"plateau_window": 1, "plateau_patience": 0}
     straight = converted("lolcats", "LSL")
     make_stage(key, **settings).run(straight, data, tmp_path / "straight")
     for step in (8, 10):

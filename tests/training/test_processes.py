@@ -69,7 +69,7 @@ def test_a_conversion_killed_in_either_stage_resumes_to_the_same_bits(
     common = {"tokens": 120 * 4 * 32, "batch_size": 4, "checkpoint_every": 7}
     lora = {"r": 2, "dropout": 0.1}
     stages = [
-        {"type": "attention_transfer", "schedule": "plateau", "plateau_patience": 5, **common},
+        {"type": "attention_transfer", "schedule": "plateau", "plateau_window": 5, "plateau_patience": 0, **common},
         {"type": "finetune", "lora": lora, "train": ["*.mixer.*"], "lr": 1e-2, **common},
     ]
     recipe = write_recipe(tmp_path, stages=stages)
