@@ -1,6 +1,6 @@
 # Every named recipe on the 31M teacher: TEACHER, TRAIN and DEV name its folder and the two text files. TOKENS is the budget
 # of each in millions (10); RECIPES some of them instead of all; ITEMS the questions a case (64), FACTS=yes asks as many as
-# teacher-30m-auto-64.yaml does with the facts anywhere.
+# teacher-30m-auto-64.yaml does with the facts anywhere; RATES=twice doubles the rates of stages that train everything.
 TOKENS=${TOKENS:-10}
 [ -n "$FACTS" ] && probes=", probes: [{type: facts, facts: [1], lengths: [250, 1850], items: 200}, {type: facts, facts: [4], \
 lengths: [1800], items: 200}, {type: facts, facts: [8], lengths: [1670], items: 200}]"
@@ -12,13 +12,15 @@ named() {
     name=$1; shift
     case " ${RECIPES:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     linearize convert --model "$TEACHER" --recipe default/$name model.dtype=float32 "$data" "$evaluation" \
-        'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" -o runs/named/$name
+        'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" -o runs/named${RATES:+-$RATES}/$name
 }
 # The rates of stages that train everything are auto's first ones: the papers' are for a hundred times as many parameters.
-kl() { echo "stages.$1.lr=3.0e-4"; }
-mixer='lrs={mixer: 1.0e-3}'
+all=3.0e-4 mixers=1.0e-3 last=1.0e-4
+[ "$RATES" = twice ] && all=6.0e-4 mixers=2.0e-3 last=2.0e-4
+kl() { echo "stages.$1.lr=$all"; }
+mixer="lrs={mixer: $mixers}"
 short="stages.0.batch_size=32 stages.1.batch_size=32 stages.1.schedule=cosine"
-long="data.seq_len=1024 stages.2.seq_len=2048 stages.2.lr=1.0e-4"
+long="data.seq_len=1024 stages.2.seq_len=2048 stages.2.lr=$last"
 
 named radlads tokens=${TOKENS}M $short $(kl 1) "stages.1.$mixer" $long
 named kl_guided tokens=${TOKENS}M $short $(kl 1) "stages.1.$mixer" $long
@@ -28,10 +30,10 @@ named xlstm tokens=${TOKENS}M $(kl 1) "stages.1.$mixer"
 named mamba_in_llama tokens=${TOKENS}M $(kl 0) "stages.0.$mixer" $(kl 1) "stages.1.$mixer"
 named attention_to_mamba tokens=${TOKENS}M $(kl 1) "stages.1.$mixer"
 named taylor_gdn stages.0.batch_size=4 stages.0.tokens=307k stages.1.tokens=$((TOKENS * 1000 - 300))k $(kl 1) "stages.1.$mixer"
-named xatl tokens=${TOKENS}M stages.0.lr=3.0e-4
+named xatl tokens=${TOKENS}M stages.0.lr=$all
 named liger tokens=${TOKENS}M
 for name in hedgehog hedgecats lolcats; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3; done
-for name in t2r supra lizard; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 "stages.1.$mixer"; done
+for name in t2r supra lizard; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 'stages.1.lrs={mixer: 1.0e-3}'; done
 
 [ -n "$RECIPES" ] && exit
 
