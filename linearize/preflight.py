@@ -22,6 +22,8 @@ from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
 from linearize.stages.base import Stage
+from linearize.training.loop import split
+from linearize.training.processes import processes
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -40,6 +42,7 @@ def plan_of(recipe: Recipe) -> Plan:
     for index, (stage, settings) in enumerate(zip(stages, recipe.stages, strict=True)):
         stage.keep_source |= is_taught(recipe, stages[index + 1 :])
         if stage.trains:
+            split(stage.config, processes())
             stage.check_data(recipe.stage_data(settings, f"stages.{index}"), recipe.data)
         stage.check(skeleton)
     return plan

@@ -64,13 +64,20 @@ def without_effect(field: FieldInfo) -> bool:
     return isinstance(field.json_schema_extra, dict) and "without_effect" in field.json_schema_extra
 
 
+MOST = 10**18
+"""No count is larger."""
+
+
 def parse_count(value: Any) -> Any:
     """Read `20M`, `1.5k`, `300` or `20_000` as an integer; anything else is left for pydantic to judge."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmMbB]?)\s*", re.sub(r"(?<=\d)_(?=\d)", "", value))
         if not match:
             raise ValueError(f"{value!r} is not a count; write a number such as 20M, 500k or 1024")
-        return round(float(match[1]) * _UNITS[match[2].lower()])
+        number = float(match[1]) * _UNITS[match[2].lower()]
+        value = round(number) if number <= MOST else MOST + 1
+    if isinstance(value, int) and value > MOST:
+        raise ValueError(f"a count can be {MOST:.0e} at most")
     return value
 
 

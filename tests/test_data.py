@@ -1,5 +1,6 @@
 """Preparing data: packing, labels, sources, the cache, and what users read when something is wrong."""
 
+import gzip
 import json
 import os
 import time
@@ -7,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -317,7 +320,7 @@ def test_hub_dataset(monkeypatch, tmp_path, tokenizer, streaming):
         ),
         (texts("x"), {"format": "chat"}, "no column that fits data.format=chat; its columns are text"),
         (texts("", " "), {}, "all documents are empty"),
-        ([*texts("One fish."), {"text": 3}], {}, "has rows whose text is no text, such as 3"),
+        ([*texts("One fish."), {"text": 3}], {}, "in.jsonl, line 2: text is no text, but 3"),
         ([], {}, "in.jsonl is empty"),
         (
             texts("One fish."),
@@ -412,7 +415,7 @@ SAID += "{% if add_generation_prompt %}[assistant]{% endif %}"
 @pytest.mark.parametrize("template", [None, SAID], ids=["none", "template"])
 @pytest.mark.parametrize(
     ("roles", "reply"),
-    [(("assistant", "user", "assistant"), "Carp2"), (("user", "assistant", "user"), "Carp1"), (("assistant",), None)],
+    [(("assistant", "user", "assistant"), "Carp2"), (("user", "assistant", "user"), "Carp1")],
 )
 def test_replies_train_wherever_they_stand(tmp_path, template, roles, reply):
     tokenizer = chat_tokenizer(template)
@@ -421,8 +424,8 @@ def test_replies_train_wherever_they_stand(tmp_path, template, roles, reply):
     chosen = config(tmp_path, seq_len=96, packing=False, completion_only=True)
     batch = everything(prepare(chosen, tokenizer, cache_dir=tmp_path / "cache"))
     said = trained_text(batch, tokenizer)
-    assert [part for part in ("Carp0", "Carp1", "Carp2") if part in said] == ([reply] if reply else [])
-    ended = len(roles) > 1 and roles[-1] == "assistant"
+    assert [part for part in ("Carp0", "Carp1", "Carp2") if part in said] == [reply]
+    ended = roles[-1] == "assistant"
     assert said.endswith("<|endoftext|>") == ended, "only a reply is ended"
 
 
@@ -431,3 +434,83 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path):
     tokenizer = chat_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match="refuses a conversation .*must alternate.*roles user, user, beginning 'Hi'"):
         prepare(config(tmp_path), tokenizer, cache_dir=tmp_path / "cache")
+
+
+REPLY = {"role": "assistant", "content": "Two fish."}
+PAIR = {"prompt": "Name a fish.", "chosen": " Carp", "rejected": " Cow"}
+PAIRS = {"format": "preference"}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "overrides", "message"),
+    [
+        ({"text": "One fish."}, {"text": ["fish"]}, {}, r"text is no text, but \['fish'\]"),
+        ({"text": "One fish."}, b'{"text": "a \xff"}', {}, "0xff, its byte 13, is no UTF-8"),
+        ({"text": "One fish."}, b'{"text": "a', {}, "Unterminated string"),
+        ({"text": "One fish."}, b'{"text": "\\ud800"}', {}, "surrogates not allowed"),
+        ({"text": "One fish."}, b"5", {}, "no object, but 5"),
+        (MESSAGES[0], {"messages": "fish"}, {}, "messages is no list of messages, but 'fish'"),
+        (MESSAGES[0], {"messages": [{"content": "fish"}]}, {}, "a chat message without a role"),
+        (MESSAGES[0], {"messages": [{"role": "user", "content": 5}, REPLY]}, {}, "content is no text, but 5"),
+        (MESSAGES[0], {"messages": [{"role": 5, "content": "fish"}, REPLY]}, {}, "message without a role"),
+        ({"instruction": "a", "output": "b"}, {"instruction": 5, "output": "b"}, {}, "instruction is no text, but 5"),
+        (
+            {"instruction": "a", "input": "", "output": "b"},
+            {"instruction": "a", "input": ["c"], "output": "b"},
+            {},
+            r"input is no text, but \['c'\]",
+        ),
+        (PAIR, {**PAIR, "chosen": 5}, PAIRS, "chosen is neither a text nor a list of messages, but 5"),
+        (PAIR, {**PAIR, "prompt": 5}, PAIRS, "prompt is no text, but 5"),
+        (PAIR, {**PAIR, "rejected": [REPLY]}, PAIRS, "one is a text, and the other a list"),
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+def test_a_row_that_cannot_be_used_is_found(tmp_path, tokenizer, good, bad, overrides, message, compressed):
+    rows = [*[json.dumps(good).encode()] * 200, bad if isinstance(bad, bytes) else json.dumps(bad).encode()]
+    content = b"\n".join([*rows, rows[0]])
+    (tmp_path / "in.jsonl").write_bytes(gzip.compress(content) if compressed else content)
+    with pytest.raises(UserError, match=f"in.jsonl, line 201: .*{message}"):
+        prepare(config(tmp_path, **overrides), tokenizer, cache_dir=tmp_path / "cache")
+
+
+def test_places_in_other_files(tmp_path, tokenizer):
+    def told(name, content):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            tokens_of(DataConfig(source=str(tmp_path / name)), tokenizer)
+        return str(caught.value)
+
+    assert "a.json, element 3: text is no text, but 5" in told("a.json", json.dumps(["a", "b", 5]).encode())
+    assert "a.txt, line 2: 0xe9, its byte 4, is no UTF-8" in told("a.txt", "One.\nTwo\u00e9".encode("latin-1"))
+    chats = [[{"role": "user", "content": "a"}], [{"role": None, "content": "b"}]]
+    pq.write_table(pa.table({"messages": chats}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="b.parquet, row 2: a chat message without a role"):
+        tokens_of(DataConfig(source=str(tmp_path / "b.parquet")), tokenizer)
+
+
+def test_a_slice_without_rows_is_named(make):
+    with pytest.raises(UserError, match=r"data.split='train\[:0\]'"):
+        make(texts("One fish."), split="train[:0]")
+
+
+def test_contents_in_parts_are_joined(tmp_path, tokenizer):
+    parts = [{"type": "text", "text": "One "}, {"type": "text", "text": "fish."}]
+    found = []
+    for name, content in (("parts", parts), ("whole", "One fish.")):
+        row = {"messages": [{"role": "user", "content": content}, REPLY]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        found.append(tokens_of(DataConfig(source=str(tmp_path / f"{name}.jsonl")), tokenizer).tolist())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "message"),
+    [
+        ([{"messages": [REPLY]}] * 9, {"completion_only": True}, "nothing to predict.*no row has a reply.*only=false"),
+        (texts(*"abc"), {"packing": False, "eos_between_documents": False}, "nothing to predict.*single tokens"),
+    ],
+)
+def test_data_without_anything_to_predict_are_refused(make, rows, overrides, message):
+    with pytest.raises(UserError, match=message):
+        make(rows, **overrides)

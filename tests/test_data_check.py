@@ -75,6 +75,7 @@ BAD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "broken JSON": ("a.jsonl", "{broken\n", {}, "cannot read data.source=.*; check that the files are"),
     "broken later": ("a.jsonl", lines(*[{"text": TEXT}] * 3) + "{broken\n" + lines({"text": TEXT}), {}, "line 4: Exp"),
     "cut off": ("a.jsonl", lines({"text": TEXT}) + '{"text": "One', {}, "line 2: Unterminated string"),
+    "a text of several lines": ("a.json", '{"text": "One\nfish", "n": }\n', {}, "cannot read data.source=.*a.json"),
     "gzip cut off": (
         "a.jsonl",
         gzip.compress(lines({"text": TEXT}).encode())[:-9],
@@ -202,3 +203,18 @@ def test_a_plan_of_good_data_is_printed(source: Path, capsys: pytest.CaptureFixt
     (source / "mine.yaml").write_text(make_recipe(source).to_yaml())
     assert main(["plan", "--recipe", str(source / "mine.yaml")]) == 0
     assert "train.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [
+        ('{"text": "One\nfish', False),
+        ('{"text": "One\nfish\\', False),
+        ('{"text": [1,\n 2', False),
+        ('{"text": "One" "fish",\n "n', True),
+        ('{"text": One\nfish', True),
+    ],
+)
+def test_what_is_cut_off_is_not_broken(text: str, broken: bool) -> None:
+    assert check._is_broken(text) == broken
+    assert check._is_broken(text, whole=True)

@@ -385,3 +385,19 @@ def test_what_is_missing_is_named_before_weights_are_loaded(
     with pytest.raises(UserError, match=message):
         convert(make_recipe(source, **sections), source / "out", say=quiet)
     assert not (source / "out").exists()
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_known_before(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [{"type": "attention_transfer", "tokens": 64, "lr": 0.01, "batch_size": size} for size in (4, 3)]
+    plan_of(recipe := make_recipe(source, stages=stages))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="batch_size 3 does not divide into 2 processes"):
+        plan_of(recipe)
+
+
+def test_a_sequence_that_no_memory_holds_is_refused(source: Path) -> None:
+    stage = {"type": "attention_transfer", "tokens": 64, "lr": 0.01, "seq_len": 10**12}
+    with pytest.raises(UserError, match="seq_len: .*less than or equal to 16777216"):
+        plan_of(make_recipe(source, stages=[stage]))

@@ -66,3 +66,9 @@ def test_a_value_is_told_once() -> None:
     with pytest.raises(ValidationError) as caught:
         EvalConfig(probes=[{"type": "mqar", "pairs": 0}])
     assert str(user_error(caught.value, "evaluation")).count("got") == 1
+
+
+@pytest.mark.parametrize("value", [10**18 + 1, "9" * 400, "2000000000B", 10**400])
+def test_counts_that_nothing_can_reach_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="a count can be 1e[+]18 at most"):
+        parse_count(value)

@@ -7,19 +7,19 @@ they hold, whatever their names. The hub is never asked.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
 import lzma
 import re
 import zlib
 from collections.abc import Iterator
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from linearize.data.config import DataConfig
 from linearize.data.encoding import kind_of
+from linearize.data.places import JSON, unpacked
 from linearize.data.preference import check_pairs
 from linearize.data.sources import files_of, unreadable
 from linearize.errors import UserError
@@ -28,10 +28,7 @@ LOOKED_AT = 10 << 20
 """Characters of a JSON file that are looked at; `datasets` takes the columns from as many bytes."""
 ROWS = 100
 """Rows that are looked at, in all files together, but one at least in each."""
-_PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-_ARCHIVES = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"7z\xbc\xaf\x27\x1c", b"Rar!")
-"""How zip, zstd, lz4, 7z and rar begin: `datasets` may unpack them, and nothing is told of them here."""
-_JSON, _BETWEEN = json.JSONDecoder(strict=False), re.compile(r"[\s,]*")
+_BETWEEN = re.compile(r"[\s,]*")
 Row = dict[str, Any]
 
 
@@ -67,7 +64,7 @@ def check_source(config: DataConfig) -> None:
         except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(unreadable(config, ValueError(f"{file.name}: {error}"))) from error
+            raise UserError(unreadable(config, f"{file.name}: {error}")) from error
 
 
 def first_rows(file: Path) -> Iterator[Row]:
@@ -80,12 +77,10 @@ def first_rows(file: Path) -> Iterator[Row]:
     if file.suffix == ".parquet":
         yield from _parquet(file)
         return
-    with file.open("rb") as stream:
-        start = stream.read(8)
-    if start.startswith(_ARCHIVES):
-        return
-    unpack = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), open)
-    with unpack(file, "rt", encoding="utf-8-sig") as text:
+    with unpacked(file) as stream:
+        if stream is None:
+            return
+        text = TextIOWrapper(stream, encoding="utf-8-sig")
         if file.suffix == ".txt":
             yield {"text": text.read(1 << 16)}
         else:
@@ -153,11 +148,19 @@ def _json(stream: TextIO) -> Iterator[Row]:
 
 def _is_broken(text: str, whole: bool = False) -> bool:
     """Whether what `text` begins with can be no JSON, however it goes on after the end of `text`."""
+    place = _stop(text)
+    if place is None or whole:
+        return place is not None
+    return "\n" in text.lstrip()[place:] and _stop(text + '""') == place  # quotes end a text that is only cut off
+
+
+def _stop(text: str) -> int | None:
+    """Where what `text` begins with stops being JSON, in characters after its white space; None where it does not."""
     try:
         _value(text)
     except json.JSONDecodeError as error:
-        return whole or ("\n" in text.lstrip()[error.pos :] and not error.msg.startswith("Unterminated"))
-    return False
+        return error.pos
+    return None
 
 
 def _elements(text: str, whole: bool) -> Iterator[Row]:
@@ -167,7 +170,7 @@ def _elements(text: str, whole: bool) -> Iterator[Row]:
         raise NoRows
     while not text.startswith("]", place := _BETWEEN.match(text, place).end()):  # type: ignore[union-attr]
         try:
-            row, place = _JSON.raw_decode(text, place)
+            row, place = JSON.raw_decode(text, place)
         except ValueError:
             if whole:
                 raise
@@ -178,7 +181,7 @@ def _elements(text: str, whole: bool) -> Iterator[Row]:
 
 
 def _value(line: str) -> Any:
-    return _JSON.raw_decode(line.lstrip())[0]
+    return JSON.raw_decode(line.lstrip())[0]
 
 
 def _together(first: Row, rows: Iterator[Row]) -> Row:

@@ -40,7 +40,7 @@ class DataConfig(Strict):
     text_column: str | None = Field(
         None, description="Column with the text or the messages. Default: text, messages or conversations."
     )
-    seq_len: Count = Field(1024, gt=1, description="Tokens per sequence.")
+    seq_len: Count = Field(1024, gt=1, le=2**24, description="Tokens per sequence.")
     packing: bool = Field(
         True, description="Concatenate documents to full sequences; false: one cut or padded document each."
     )

@@ -120,12 +120,14 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
     content = hashlib.sha256()
     shards: list[str] = []
     pending: list[Row] = []
+    predicts = False
     for item in _items(config, tokenizer, rows, counter):
         real = sum(row.length for row in item)
         if config.max_tokens is not None and tokens and tokens + real > config.max_tokens:
             break
         tokens += real
         pending += item
+        predicts = predicts or any(row.trained.any() for row in item)
         for *arrays, n in item:
             content.update(b"".join(array.tobytes() for array in arrays) + int(n).to_bytes(8, "little"))
         if len(pending) * config.seq_len >= _SHARD_TOKENS:
@@ -135,6 +137,12 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: Any, fo
         shards.append(_save(pending, folder, len(shards)))
     if not shards:
         raise UserError(_too_little(config, counter))
+    if not predicts:
+        why = "no row has a reply to a prompt there" if config.completion_only else "all documents are single tokens"
+        raise UserError(
+            f"data.source={config.source!r} has nothing to predict within data.seq_len={config.seq_len}: {why}; choose "
+            f"other data{', or set data.completion_only=false' * config.completion_only}"
+        )
     meta = {"seq_len": config.seq_len, "shuffle": config.shuffle, "tokens": tokens, "shards": shards}
     meta |= {"item_rows": config.item_rows, "config": config.model_dump(), **counter, "tokens": tokens}
     meta["content"] = content.hexdigest()

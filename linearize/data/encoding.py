@@ -6,7 +6,7 @@ which `linearize.data.packing` lays into sequences; pairs of replies have a file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from linearize.data.config import DataConfig
+from linearize.data.places import BadRow
+from linearize.data.sources import placed
 from linearize.errors import UserError, did_you_mean
 from linearize.evals.recall import leading_bos
 
@@ -51,44 +53,67 @@ def tokenized(rows: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase)
     """Documents of `rows` in order, none empty, each ending with the end-of-sequence token if configured.
 
     Raises:
-        UserError: when no column fits the format, or there are no rows.
+        UserError: when no column fits the format, there are no rows, or one of them holds something else.
     """
     first = next(iter(rows.take(1)), None)
     if first is None:
         raise UserError(f"data.source={config.source!r} (split {config.split!r}) has no rows")
-    encode = _encoder(first, config, tokenizer)
+    column, kind = kind_of(first, config)
+    encode = _encoder(column, kind, config, tokenizer)
     eos = tokenizer.eos_token_id
     if config.eos_between_documents and eos is None:
         raise UserError("the tokenizer has no end-of-sequence token; set data.eos_between_documents=false")
-    for batch in rows.iter(batch_size=_BATCH):
-        for ids, prompt in encode(batch):
-            if not ids:
-                continue
-            if config.eos_between_documents and ids[-1] != eos:
-                ids, prompt = [*ids, eos], [*prompt, prompt[-1]]  # what ends with a prompt is not to be ended there
-            trained = ~np.asarray(prompt, bool) if config.completion_only else np.ones(len(ids), bool)
-            yield Document(np.asarray(ids, dtype=np.int32), trained)
+    with placed(config, lambda row: check_row(row, column, kind)):
+        for batch in rows.iter(batch_size=_BATCH):
+            for values in zip(*batch.values(), strict=True):
+                check_row(dict(zip(batch, values, strict=True)), column, kind)
+            for ids, prompt in encode(batch):
+                if not ids:
+                    continue
+                if config.eos_between_documents and ids[-1] != eos:
+                    ids, prompt = [*ids, eos], [*prompt, prompt[-1]]  # what ends with a prompt is not to be ended there
+                trained = ~np.asarray(prompt, bool) if config.completion_only else np.ones(len(ids), bool)
+                yield Document(np.asarray(ids, dtype=np.int32), trained)
 
 
 def _encoder(
-    row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    column: str, kind: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[dict[str, list]], Encoded]:
-    column, kind = kind_of(row, config)
     if kind == "chat":
         return lambda batch: [_encode_chat(messages, config, tokenizer) for messages in batch[column] if messages]
     if kind == "instruction":
         return lambda batch: _encode_instructions(batch, tokenizer)
 
-    def _checked(text: Any) -> str | None:
-        if not isinstance(text, str | None):
-            raise UserError(f"data.source={config.source!r} has rows whose {column} is no text, such as {text!r}")
-        return text
-
     def encode_text(batch: dict[str, list]) -> Encoded:
-        texts = [text for text in map(_checked, batch[column]) if text and not text.isspace()]
+        texts = [text for text in batch[column] if text and not text.isspace()]
         return [(ids, [False] * len(ids)) for ids in token_ids(tokenizer, texts)] if texts else []
 
     return encode_text
+
+
+def check_row(row: Mapping[str, Any], column: str, kind: str) -> None:
+    """Raise a BadRow where a row, of the kind that the first one was, has something else than text where text belongs;
+    nothing at all may stand there.
+    """
+    if kind == "chat":
+        check_turns(row.get(column), column)
+        return
+    for name in (column,) if kind == "text" else ("instruction", "input", "output"):
+        check_text(row.get(name), name)
+
+
+def check_text(value: Any, name: str) -> None:
+    """Raise a BadRow for what is neither a text nor null."""
+    if not isinstance(value, str | None):
+        raise BadRow(f"{name} is no text, but {_short(value)}")
+
+
+def check_turns(messages: Any, name: str) -> None:
+    """Raise a BadRow for what is neither a list of messages nor null."""
+    if not isinstance(messages, list | None):
+        raise BadRow(f"{name} is no list of messages, but {_short(messages)}")
+    for message in messages or ():
+        as_turn(message)
 
 
 def kind_of(row: dict[str, Any], config: DataConfig) -> tuple[str, str]:
@@ -123,6 +148,11 @@ def _column(row: dict[str, Any], config: DataConfig) -> tuple[str, str]:
     )
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True) -> list[list[int]]:
     # verbose=False: long documents are cut later, a warning that they exceed the context would mislead
     return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
@@ -150,7 +180,7 @@ def _encode_chat(
 
     So is what it says before anybody else: there is no prompt after which a template could begin that.
     """
-    turns = [as_turn(message, config) for message in messages]
+    turns = [as_turn(message) for message in messages]
     ids = render(turns, tokenizer)
     if not config.completion_only:
         return ids, [False] * len(ids)
@@ -168,15 +198,24 @@ def _encode_chat(
     return ids, prompt
 
 
-def as_turn(message: Any, config: DataConfig) -> dict[str, str]:
-    """One message as `{"role": ..., "content": ...}`, from either of the two usual spellings."""
+def as_turn(message: Any) -> dict[str, str]:
+    """One message as `{"role": ..., "content": ...}`, from either of the two usual spellings.
+
+    A content in parts is joined, if all of them are texts.
+
+    Raises:
+        BadRow: for a message without a role, or whose content is no text.
+    """
     role: Any = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
-    if role is None:
-        raise UserError(
-            f"data.source={config.source!r} has a chat message without a role: {str(message)[:80]!r}; messages need "
-            "role and content, or from and value. Choose another column with data.text_column=..., or other data"
+    if not isinstance(role, str):
+        raise BadRow(
+            f"a chat message without a role: {_short(message)}; messages need role and content, or from and value"
         )
     content = message.get("content") or message.get("value") or ""
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise BadRow(f"a chat message whose content is no text, but {_short(content)}")
     return {"role": _ROLES.get(role, role), "content": content}
 
 

@@ -22,8 +22,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from linearize.data.config import DataConfig
-from linearize.data.encoding import as_turn, render, token_ids
+from linearize.data.encoding import as_turn, check_text, check_turns, render, token_ids
 from linearize.data.packing import Row
+from linearize.data.places import BadRow
+from linearize.data.sources import placed
 from linearize.errors import UserError
 from linearize.evals.recall import alike, leading_bos
 from linearize.progress import bar
@@ -62,7 +64,7 @@ def pair_rows(
     if config.eos_between_documents and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token; set data.eos_between_documents=false")
     bos = leading_bos(tokenizer)
-    for row in _counted(rows):
+    for row in _counted(rows, config):
         tokens = _tokens(row, config, tokenizer)
         fitting = None if tokens is None else fitted(tokens, config.seq_len, bos)
         if fitting is None:
@@ -85,10 +87,28 @@ def pair_rows(
         _LOG.info("%d pairs of %s dropped: %s", counter["long"] + counter["unclear"], config.source, dropped)
 
 
-def _counted(rows: Any) -> Iterator[dict[str, Any]]:
+def check_pair(row: Mapping[str, Any]) -> None:
+    """Raise a BadRow where the replies or the prompt are neither texts nor messages; null may stand there."""
+    prompt, *replies = (row.get(name) for name in ("prompt", "chosen", "rejected"))
+    for name, reply in zip(("chosen", "rejected"), replies, strict=True):
+        if not isinstance(reply, str | list | None):
+            raise BadRow(f"{name} is neither a text nor a list of messages, but {reply!r:.80}")
+    if all(replies) and isinstance(replies[0], str) != isinstance(replies[1], str):
+        raise BadRow("of chosen and rejected one is a text, and the other a list of messages")
+    if isinstance(prompt, list) and not isinstance(replies[0], str):
+        check_turns(prompt, "prompt")
+    else:
+        check_text(prompt, "prompt")
+    for reply in replies:
+        if isinstance(reply, list):
+            check_turns(reply, "chosen or rejected")
+
+
+def _counted(rows: Any, config: DataConfig) -> Iterator[dict[str, Any]]:
     total = len(rows) if hasattr(rows, "__len__") else None  # of a stream nobody knows
-    with bar("tokenising", unit="pair", total=total, anywhere=True) as shown:
+    with bar("tokenising", unit="pair", total=total, anywhere=True) as shown, placed(config, check_pair):
         for row in rows:
+            check_pair(row)
             yield row
             shown.update(1)
 
@@ -110,7 +130,7 @@ def _tokens(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokeni
     if not row["chosen"] or not row["rejected"]:
         return None
     read = _of_texts if isinstance(row["chosen"], str) else _of_messages
-    tokens = read(row, config, tokenizer)
+    tokens = read(row, tokenizer)
     if tokens is None or not tokens[1] or not tokens[2] or tokens[1] == tokens[2]:
         return None
     if config.eos_between_documents:
@@ -120,7 +140,7 @@ def _tokens(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokeni
     return tokens
 
 
-def _of_texts(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
+def _of_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
     prompt, replies = row.get("prompt"), [row["chosen"], row["rejected"]]
     if not prompt:
         shared = replies[0][: alike(*replies)]
@@ -134,12 +154,10 @@ def _of_texts(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedToke
     return token_ids(tokenizer, [prompt])[0], chosen, rejected
 
 
-def _of_messages(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
+def _of_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
     given = row.get("prompt")
-    before = [as_turn(message, config) for message in given] if isinstance(given, list) else []
-    chosen, rejected = (
-        [*before, *(as_turn(message, config) for message in row[key])] for key in ("chosen", "rejected")
-    )
+    before = [as_turn(message) for message in given] if isinstance(given, list) else []
+    chosen, rejected = ([*before, *(as_turn(message) for message in row[key])] for key in ("chosen", "rejected"))
     prompt, replies = chosen[:-1], [chosen[-1], rejected[-1]]
     if prompt != rejected[:-1] or any(reply["role"] != "assistant" for reply in replies):
         return None

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from linearize import demo
 from linearize.data.config import DataConfig
+from linearize.data.places import BadRow, Check, first_fault
 from linearize.errors import UserError, did_you_mean, disk_full, local_path
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -46,13 +49,32 @@ def open_source(config: DataConfig, folder: Path | None) -> tuple[Any, list]:
     except UserError:
         raise
     except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
-        raise UserError((unreadable if files else _not_from_hub)(config, error)) from error
+        if files:
+            raise UserError(unreadable(config, first_fault(files) or _cause(error))) from error
+        raise UserError(_not_from_hub(config, error)) from error
     if config.shuffle:
         extra = {"buffer_size": _SHUFFLE_BUFFER} if isinstance(rows, datasets.IterableDataset) else {}
         rows = rows.shuffle(seed=config.seed, **extra)
     if config.limit_documents is not None:
         rows = rows.take(config.limit_documents)
     return rows, origin
+
+
+@contextmanager
+def placed(config: DataConfig, check: Check) -> Iterator[None]:
+    """Turn a row of `config.source` that cannot be used into a UserError that says where it stands.
+
+    Args:
+        config: whose rows are read inside the context.
+        check: raises `BadRow` for a row that cannot be used.
+    """
+    try:
+        yield
+    except (BadRow, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.source={config.source!r}: {first_fault(files_of(config), check) or error}. Correct or remove that "
+            "row, or choose another column with data.text_column=..., or other data"
+        ) from error
 
 
 def files_of(config: DataConfig) -> list[Path]:
@@ -151,9 +173,10 @@ def _open_hub(config: DataConfig) -> tuple[Any, list]:
     return rows, sorted(rows.info.download_checksums or {})  # its keys are URLs that hold the commit
 
 
-def unreadable(config: DataConfig, error: Exception) -> str:
-    """What to say of local files that raise this error."""
-    return f"cannot read data.source={config.source!r}: {_cause(error)}; check that the files are what their names say"
+def unreadable(config: DataConfig, fault: str) -> str:
+    """What to say of local files that have this fault."""
+    part = f" (data.split={config.split!r})" if "[" in config.split else ""
+    return f"cannot read data.source={config.source!r}{part}: {fault}; check that the files are what their names say"
 
 
 def _cause(error: Exception) -> str:

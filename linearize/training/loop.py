@@ -73,7 +73,7 @@ def train(
     device = next(iter(parameters.values())).device
     accelerator = _accelerator(folder, device)
     world, rank = accelerator.num_processes, accelerator.process_index
-    micro, accumulate = _split(config, world)
+    micro, accumulate = split(config, world)
     per_step, steps = config.batch_size * data.item_tokens, config.steps(data.item_tokens)
     optimizer = adamw(_groups(parameters, lr_scale), config)
     plateau = Plateau(config.plateau_window, config.plateau_patience, config.min_lr_ratio)
@@ -163,8 +163,12 @@ def _accelerator(folder: Path, device: torch.device) -> Accelerator:
     return accelerator
 
 
-def _split(config: TrainingConfig, world: int) -> tuple[int, int]:
-    """Sequences per forward pass, and forward passes per step, of one of `world` processes."""
+def split(config: TrainingConfig, world: int) -> tuple[int, int]:
+    """Sequences per forward pass, and forward passes per step, of one of `world` processes.
+
+    Raises:
+        UserError: where the batch does not divide among them.
+    """
     micro = config.micro_batch_size or max(1, config.batch_size // world)
     if config.batch_size % (micro * world):
         raise UserError(

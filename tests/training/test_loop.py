@@ -349,7 +349,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(converted: Callable[..., An
 def test_sizes_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="batch_size 4 is not a multiple of micro_batch_size 3"):
         config(batch_size=4, micro_batch_size=3)
-    assert loop._split(config(batch_size=8, micro_batch_size=2), 2) == (2, 2)
-    assert loop._split(config(batch_size=8), 4) == (2, 1)
+    assert loop.split(config(batch_size=8, micro_batch_size=2), 2) == (2, 2)
+    assert loop.split(config(batch_size=8), 4) == (2, 1)
     with pytest.raises(UserError, match="batch_size 8 does not divide into 3 processes .*multiple of 6"):
-        loop._split(config(batch_size=8), 3)
+        loop.split(config(batch_size=8), 3)
