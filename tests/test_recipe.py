@@ -55,7 +55,7 @@ def mistake(path: Path, *overrides: str) -> str:
         ("mixer.windw=3", "unknown key 'mixer.windw'; did you mean 'window'?"),
         ("mixer.feature_map.dimm=3", "unknown key 'mixer.feature_map.dimm'"),
         ("stages.0.tokns=3", "unknown key 'stages.0.tokns'; did you mean 'tokens'?"),
-        ("stages.1.lora.rank=3", "unknown key 'stages.1.lora.rank'"),
+        ("stages.1.lora.rank=3", "unknown key 'stages.1.lora.rank'; known: alpha, dora, dropout, merge, r, targets"),
         ("evaluation.window=3", "unknown key 'evaluation.window'; did you mean 'windows'?"),
         ("export.shard=3", "unknown key 'export.shard'"),
         ("mixer.type=lolcat", "unknown mixer 'lolcat'; did you mean 'lolcats'?"),
