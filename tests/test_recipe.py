@@ -184,6 +184,20 @@ def test_model_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model("folder") == "folder"
 
 
+def test_a_folder_that_bears_a_short_name_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    taken = resolve_model("demo")
+    assert not caplog.messages
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    assert resolve_model("demo") == resolve_model("demo") == taken
+    (told,) = caplog.messages
+    assert "the teacher inside the package" in told and told.endswith("that is ./demo")
+    assert resolve_model("./demo") == "./demo"
+
+
 def shipped(name: str) -> Recipe:
     return Recipe.load(name, "owner/name" if name.startswith("default/") else None)
 
