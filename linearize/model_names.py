@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from pathlib import Path
 
 from linearize.errors import UserError, did_you_mean
@@ -56,13 +58,19 @@ ALIASES = {
 }
 """Short model names; `demo` is the small teacher inside the package."""
 
+logger = logging.getLogger(__name__)
+
 
 def resolve_model(name: str) -> str:
     """Alias -> hub name; `demo` -> the folder inside the package; anything else stays.
 
+    A short name goes before a folder of that name with a model in it, of which a warning tells.
+
     Raises:
         UserError: for a name that is no alias, no folder and cannot be a hub name.
     """
+    if name in ("demo", *ALIASES) and (Path(name) / "config.json").exists():
+        _warn_of_folder(name, str(Path.cwd()))
     if name == "demo":
         from linearize.demo import model_path
 
@@ -75,3 +83,9 @@ def resolve_model(name: str) -> str:
             "or give a hub name (owner/name) or a folder"
         )
     return name
+
+
+@cache
+def _warn_of_folder(name: str, here: str) -> None:
+    model = ALIASES.get(name, "the teacher inside the package")
+    logger.warning("%s is taken for %s, not for the folder in %s; that is ./%s", name, model, here, name)

@@ -18,6 +18,7 @@ from linearize.families.base import Family
 from linearize.hf.native import native_config, native_of
 from linearize.kept import AS_IN_SOURCE, Kept
 from linearize.mixers.base import Mixer, build_mixer
+from linearize.positions import untaught
 from linearize.recipe import Recipe
 from linearize.recipe_plugins import mixer_config
 from linearize.registry import family_of, find
@@ -199,7 +200,7 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         mixer={"type": recipe.mixer["type"], **dataclasses.asdict(settings)},
         layers=tuple(layers),
         source_parameters=source_parameters,
-        concerns=tuple(family.concerns(config, chosen)),
+        concerns=(*family.concerns(config, chosen), *untaught(config, _lengths(recipe))),
         dtype=str(dtype).removeprefix("torch."),
         kept=kept,
         causal=family.causal,
@@ -282,6 +283,12 @@ def _check_stages(recipe: Recipe) -> None:
             raise UserError(
                 f"stages.{index}.lora.merge is false, but only the last stage can leave its adapter unmerged"
             )
+
+
+def _lengths(recipe: Recipe) -> set[int]:
+    """Tokens of training rows, but for stages with a policy for `positions`, which are there to go beyond them."""
+    trains = [stage for stage in recipe.stages if "tokens" in stage and "positions" not in stage]
+    return {recipe.stage_data(stage).seq_len for stage in trains}
 
 
 def _dtype(wanted: str, config: Any) -> torch.dtype:

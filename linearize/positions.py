@@ -9,7 +9,7 @@ or states.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -34,6 +34,18 @@ def learned(model: Any) -> int | None:
     words = getattr(model, "get_input_embeddings", lambda: None)()
     tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)
     return limit if any(limit <= rows <= limit + 2 for rows in tables) else None  # OPT's begins two rows later
+
+
+def untaught(config: Any, lengths: Iterable[int]) -> list[str]:
+    """What the plan says of training on rows of these lengths, in tokens, where some are beyond the positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    beyond = sorted({length for length in lengths if limit is not None and length > limit})
+    if not beyond:
+        return []
+    return [
+        f"training rows of {', '.join(f'{n:,}' for n in beyond)} tokens are longer than the {limit:,} positions that "
+        f"the source model was trained for, and it may teach nonsense beyond; seq_len up to {limit:,} keeps to them"
+    ]
 
 
 def extended(

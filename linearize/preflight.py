@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from linearize.data import check_source
-from linearize.evals.measure import check_evaluation
+from linearize.evals.measure import check_evaluation, held_out
 from linearize.evals.workload import summary, workload
 from linearize.families.base import Family
 from linearize.hf.auto import linearized
@@ -71,7 +71,9 @@ def outline(recipe: Recipe, plan: Plan) -> str:
         points = 2 + (len(recipe.stages) + (recipe.init.type == "calibrated")) * recipe.evaluation.between
         asked = workload(recipe.evaluation, recipe.data.seq_len, branches=len(plan.branches), causal=plan.causal)
         size, *works = summary(asked)
-        lines += [f"measured    {points} times, {size} each", *(f"            {work}" for work in works)]
+        text = held_out(recipe.evaluation, recipe.data)
+        where = f"            on {text.source}, split {text.split}"
+        lines += [f"measured    {points} times, {size} each", where, *(f"            {work}" for work in works)]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -88,19 +88,31 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 def user_error(error: ValidationError, where: str, known: Iterable[str] = ()) -> UserError:
-    """Say what is wrong with a section, one line per problem, with the key's path under `where`."""
-    known = list(known)
+    """Say what is wrong with a section, one line per problem, with the key's path under `where`.
+
+    `known` are the section's keys; of a model's `model_fields` those of the sections inside are known too.
+    """
+    known = known if isinstance(known, Mapping) else list(known)
     lines = []
     for problem in error.errors():
         path = ".".join(str(part) for part in (where, *problem["loc"]) if part != "")
         if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-            lines.append(f"unknown key {path!r}{did_you_mean(str(problem['loc'][-1]), known)}")
+            lines.append(f"unknown key {path!r}{did_you_mean(str(problem['loc'][-1]), _inside(known, problem['loc']))}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             told = problem["type"] == "missing" or re.search(r"\bgot\b", message)
             given = "" if told else f" (got {problem['input']!r})"
             lines.append(f"{path}: {message}{given}")
     return UserError("; ".join(lines))
+
+
+def _inside(known: Iterable[str], place: Sequence[int | str]) -> Iterable[str]:
+    """The keys that the section has in which the last key of `place` stands."""
+    for key in place[:-1]:
+        field = known.get(key) if isinstance(known, Mapping) else None
+        kinds = _members(field.annotation) if isinstance(field, FieldInfo) else []
+        known = next((k.model_fields for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), known)
+    return known
 
 
 def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:

@@ -290,6 +290,20 @@ def test_plans_say_what_mixers_do_not_honour(alias: str, notes: list[str]) -> No
     assert list(plan.concerns) == notes and all(note in str(plan) for note in notes)
 
 
+def test_plans_say_which_training_rows_are_beyond_the_positions_of_the_source() -> None:
+    def told(*overrides: str) -> list[str]:
+        plan = make_plan(Recipe.load("auto_linear", "llama-3-8b", overrides), tiny)
+        return [note for note in plan.concerns if "training rows" in note]
+
+    tiny = LlamaConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=256)
+    (note,) = told()
+    assert note.startswith("training rows of 512, 2,048 tokens are longer than the 256 positions")
+    assert told("stages.0.seq_len=256")[0].startswith("training rows of 2,048 tokens")
+    assert told("stages.*.seq_len=256") == []
+    longer = "stages.1={type: long_context, tokens: 1k, seq_len: 1024, train: [all]}"
+    assert told("data.seq_len=256", "stages.0.seq_len=256", longer) == []
+
+
 @pytest.mark.parametrize("alias", ["gemma-2-9b", "pythia-1b"])
 @pytest.mark.parametrize(
     "method", sorted(name.partition("/")[2] for name in available() if name.startswith("default/"))

@@ -55,7 +55,7 @@ def mistake(path: Path, *overrides: str) -> str:
         ("mixer.windw=3", "unknown key 'mixer.windw'; did you mean 'window'?"),
         ("mixer.feature_map.dimm=3", "unknown key 'mixer.feature_map.dimm'"),
         ("stages.0.tokns=3", "unknown key 'stages.0.tokns'; did you mean 'tokens'?"),
-        ("stages.1.lora.rank=3", "unknown key 'stages.1.lora.rank'"),
+        ("stages.1.lora.rank=3", "unknown key 'stages.1.lora.rank'; known: alpha, dora, dropout, merge, r, targets"),
         ("evaluation.window=3", "unknown key 'evaluation.window'; did you mean 'windows'?"),
         ("export.shard=3", "unknown key 'export.shard'"),
         ("mixer.type=lolcat", "unknown mixer 'lolcat'; did you mean 'lolcats'?"),
@@ -182,6 +182,20 @@ def test_model_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_model("folder") == "folder"
+
+
+def test_a_folder_that_bears_a_short_name_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    taken = resolve_model("demo")
+    assert not caplog.messages
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    assert resolve_model("demo") == resolve_model("demo") == taken
+    (told,) = caplog.messages
+    assert "the teacher inside the package" in told and told.endswith("that is ./demo")
+    assert resolve_model("./demo") == "./demo"
 
 
 def shipped(name: str) -> Recipe:

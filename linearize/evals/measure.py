@@ -244,7 +244,7 @@ def eval_tokens(config: EvalConfig, tokenizer: Any, data: DataConfig | None = No
         UserError: when the text cannot be read, or the training source has no such split.
     """
     with _no_text(config, data):
-        return tokens_of(_text(config, data), tokenizer, max_tokens=TEXT_TOKENS)
+        return tokens_of(held_out(config, data), tokenizer, max_tokens=TEXT_TOKENS)
 
 
 def check_evaluation(config: EvalConfig, data: DataConfig | None = None) -> None:
@@ -252,10 +252,11 @@ def check_evaluation(config: EvalConfig, data: DataConfig | None = None) -> None
     for probe in config.probes:
         probe_of(probe).check()
     with _no_text(config, data):
-        check_source(_text(config, data))
+        check_source(held_out(config, data))
 
 
-def _text(config: EvalConfig, data: DataConfig | None) -> DataConfig:
+def held_out(config: EvalConfig, data: DataConfig | None) -> DataConfig:
+    """Where the held-out text comes from, for the arguments of `eval_tokens`."""
     if config.text is None and data is not None:
         return data.model_copy(update={"split": config.split})
     source = config.text or "demo"

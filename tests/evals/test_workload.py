@@ -123,6 +123,9 @@ def test_the_plan_says_what_is_measured(settings: list[str], points: int) -> Non
     assert "\n            probe mqar: 80 questions of 512 tokens, 80 of 1,024, 80 of 2,048" in said
     mixed = Recipe.load("demo/lolcats", "demo")
     assert "branches: 2 times" in outline(mixed, plan_of(mixed))
+    assert "\n            on demo, split dev\n" in said
+    elsewhere = Recipe.load("default/gdn", "demo", ["evaluation.text=demo", "evaluation.split=dev"])
+    assert "\n            on demo, split dev\n" in outline(elsewhere, plan_of(elsewhere))
     silent = Recipe.load("demo/gdn", "demo", ["evaluation=null"])
     assert "measured" not in outline(silent, plan_of(silent))
 
