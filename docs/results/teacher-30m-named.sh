@@ -1,7 +1,9 @@
 # Every named recipe on the 31M teacher: TEACHER, TRAIN and DEV name its folder and the two text files. TOKENS is the budget
 # of each in millions (10); RECIPES some of them instead of all; ITEMS the questions a case (64), FACTS=yes asks as many as
-# teacher-30m-auto-64.yaml does with the facts anywhere; RATES=twice doubles the rates of stages that train everything.
+# teacher-30m-auto-64.yaml does with the facts anywhere; RATES=twice doubles the rates of stages that train everything: name
+# recipes that have such stages.
 TOKENS=${TOKENS:-10}
+[ "${RATES:-twice}" = twice ] || { echo "RATES is twice or unset, got $RATES" >&2; exit 1; }
 [ -n "$FACTS" ] && probes=", probes: [{type: facts, facts: [1], lengths: [250, 1850], items: 200}, {type: facts, facts: [4], \
 lengths: [1800], items: 200}, {type: facts, facts: [8], lengths: [1670], items: 200}]"
 data="data={source: $TRAIN, seq_len: 2048, recall_fraction: 0.5, max_tokens: ${TOKENS}M}"
@@ -14,7 +16,8 @@ named() {
     linearize convert --model "$TEACHER" --recipe default/$name model.dtype=float32 "$data" "$evaluation" \
         'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" -o runs/named${RATES:+-$RATES}/$name
 }
-# The rates of stages that train everything are auto's first ones: the papers' are for a hundred times as many parameters.
+# The rates of stages that train everything are auto's first ones, or twice those, which it has now: the papers' are for a
+# hundred times as many parameters.
 all=3.0e-4 mixers=1.0e-3 last=1.0e-4
 [ "$RATES" = twice ] && all=6.0e-4 mixers=2.0e-3 last=2.0e-4
 kl() { echo "stages.$1.lr=$all"; }
@@ -32,10 +35,11 @@ named attention_to_mamba tokens=${TOKENS}M $(kl 1) "stages.1.$mixer"
 named taylor_gdn stages.0.batch_size=4 stages.0.tokens=307k stages.1.tokens=$((TOKENS * 1000 - 300))k $(kl 1) "stages.1.$mixer"
 named xatl tokens=${TOKENS}M stages.0.lr=$all
 named liger tokens=${TOKENS}M
-for name in hedgehog hedgecats lolcats; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3; done
+named lolcats tokens=${TOKENS}M stages.1.lr=1.0e-3
+for name in hedgehog hedgecats; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 mixer.backend=torch; done
 for name in t2r supra lizard; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 'stages.1.lrs={mixer: 1.0e-3}'; done
 
-[ -n "$RECIPES" ] && exit
+[ -n "$RECIPES$RATES" ] && exit
 
 ours() {
     name=$1; tokens=$2; shift 2
