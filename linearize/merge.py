@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from linearize.errors import UserError
+from linearize.errors import UserError, check_target
 from linearize.hf.export import ADAPTER, staged
-from linearize.hf.folder import check_folder, check_weights, read_text, recipe_in, weight_files
+from linearize.hf.folder import INDEX, SINGLE, check_folder, check_weights, read_text, recipe_in, weight_files
 from linearize.schema import differences
 
 VOLATILE = {"transformers_version", "_name_or_path"}
@@ -69,7 +69,8 @@ def merge(folders: Sequence[str | Path], out: str | Path, weights: Sequence[floa
 
     Raises:
         UserError: for checkpoints that are incomplete, differ, hold an adapter or are given twice, for weights that do
-            not fit, for whole numbers that differ, for an existing `out`, and a full disk; nothing is written.
+            not fit, for whole numbers that differ, for an `out` that exists or cannot be written, and a full disk;
+            nothing is written.
     """
     paths, out = [Path(folder).expanduser() for folder in folders], Path(out).expanduser()
     shares = _shares(paths, weights)
@@ -78,6 +79,7 @@ def merge(folders: Sequence[str | Path], out: str | Path, weights: Sequence[floa
     checkpoints = [_Checkpoint(path) for path in paths]
     for other in checkpoints[1:]:
         _check_same(checkpoints[0], other)
+    check_target(out)
     with staged(out) as folder:
         for name in checkpoints[0].files:
             keys = [key for key, place in checkpoints[0].place.items() if place == name]
@@ -145,6 +147,11 @@ def _check_same(first: _Checkpoint, other: _Checkpoint) -> None:
             f"{where} hold different tensors: {len(apart)} are in one alone, such as {apart[0]}; only models of one "
             "kind have a mean"
         )
+    if clash := _clash(first.folder, other.folder):
+        raise UserError(
+            f"{where} have different vocabularies: token {clash[0]} is {clash[1]!r} in one and {clash[2]!r} in the "
+            "other, so rows of their embeddings have no mean; take models with the same tokenizer"
+        )
     for key in first.place:
         if (a := first.kind(key)) != (b := other.kind(key)):
             raise UserError(
@@ -152,9 +159,31 @@ def _check_same(first: _Checkpoint, other: _Checkpoint) -> None:
             )
 
 
+def _clash(one: Path, other: Path) -> tuple[int, str, str] | None:
+    """The first number that stands for other tokens in the second vocabulary, and both; not those of one alone."""
+    a, b = _vocabulary(one), _vocabulary(other)
+    return next(((i, a[i], b[i]) for i in sorted(a.keys() & b.keys()) if a[i] != b[i]), None)
+
+
+def _vocabulary(folder: Path) -> dict[int, str]:
+    """Token by number, of a tokenizer.json; empty where there is none, or one of another form."""
+    file = folder / "tokenizer.json"
+    try:
+        found = json.loads(read_text(file)) if file.is_file() else {}
+        vocab = found.get("model", {}).get("vocab", {})
+        pairs = vocab.items() if isinstance(vocab, dict) else ((piece[0], i) for i, piece in enumerate(vocab))
+        added = {token["id"]: token["content"] for token in found.get("added_tokens", [])}
+        return {number: token for token, number in pairs} | added
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is damaged ({error!r}); copy or download it again") from error
+
+
 def _copy(paths: Sequence[Path], shares: Sequence[float], folder: Path) -> None:
+    stale = {INDEX} if weight_files(paths[0]) == [SINGLE] else set()  # of shards that are not read, nor written
     for path in paths[0].iterdir():
-        if path.is_file() and path.suffix not in WEIGHTS and not path.name.startswith("."):
+        if path.is_file() and path.suffix not in WEIGHTS and path.name not in stale and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     said = [f"{share:g} of {path.name}" for share, path in zip(shares, paths, strict=True)]
     recipes = [recipe_in(path) for path in paths]

@@ -39,9 +39,11 @@ from linearize.resume import (
     alone,
     check_calibration,
     check_rows,
+    check_source,
     claim,
     is_exported,
     note_calibration,
+    note_source,
     point_names,
     stage_folder,
 )
@@ -116,6 +118,10 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     if resume and is_main() and not trained:
         for stage, rows, folder in zip(stages, data, folders, strict=True):
             check_rows(stage, rows, folder)
+    if is_main():
+        if resume and not (trained and is_exported(out, recipe)):
+            check_source(out, model, recipe.model.name)
+        note_source(out, model)
     if plan.chooser is not None:
         recipe = chosen(recipe, model, tokenizer, out / "run" / "layers.json")
         plan = make_plan(recipe, model.config)

@@ -1,5 +1,5 @@
-"""Whose an output folder is, and what a resumed conversion may change: `claim`, `alone`, `adopt`, and `check_rows` and
-`check_calibration` for the data.
+"""Whose an output folder is, and what a resumed conversion may change: `claim`, `alone`, `adopt`, `check_rows` and
+`check_calibration` for the data, and `check_source` for the source model.
 
 A change may touch no result that is on disk: that of a stage without one, and of keys which the schema marks by
 `WITHOUT_EFFECT`. A stage whose settings change is started anew, never continued from checkpoints of the others.
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from pydantic import BaseModel
 
 from linearize.data import PackedDataset
@@ -32,6 +33,10 @@ LOCK = ".lock"
 """File in `run` that the process which converts into the folder holds locked."""
 CALIBRATION = "calibration.json"
 """File in `run` that tells the rows that mixers were calibrated on from others."""
+SOURCE = "source.json"
+"""File in `run` that tells the weights of the source model from others."""
+SAMPLED = 1024
+"""Values of each tensor that do so, evenly spread: hashing all would take minutes on large models."""
 
 
 def stage_folder(out: Path, index: int, kind: str) -> Path:
@@ -60,7 +65,8 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
         raise UserError(f"output folder {out} {what}; choose another with -o, or remove it")
     try:
         with disk_full(out):
-            (mark.parent / CALIBRATION).unlink(missing_ok=True)
+            for name in (CALIBRATION, SOURCE):
+                (mark.parent / name).unlink(missing_ok=True)
             write_whole(mark, recipe.to_yaml())
     except OSError as error:
         raise _unwritable(out, error) from error
@@ -115,6 +121,35 @@ def note_calibration(out: Path, batches: Sequence[Inputs]) -> None:
         write_whole(place, json.dumps({"rows": _digest(batches)}) + "\n")
 
 
+def check_source(out: Path, model: Any, name: str) -> None:
+    """Raise a UserError if the conversion in `out` began with other weights than those of the source `model`.
+
+    Other weights would be measured beside, and train on top of, results of the first. `name` is the recipe's for it.
+    """
+    place = out / "run" / SOURCE
+    if place.exists() and json.loads(place.read_text())["weights"] != weights_digest(model):
+        raise UserError(
+            f"the weights of the source, model.name={name!r}, are others than when the conversion in {out} began; put "
+            "them back (a repository's earlier ones by model.revision), or convert into another folder"
+        )
+
+
+def note_source(out: Path, model: Any) -> None:
+    """Write down for `check_source` what weights the conversion in `out` began with."""
+    if not (place := out / "run" / SOURCE).exists():
+        write_whole(place, json.dumps({"weights": weights_digest(model)}) + "\n")
+
+
+def weights_digest(model: Any) -> str:
+    """Tells a model's weights from others, by `SAMPLED` values of each tensor."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
+        content.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode() + some.view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
 def _digest(batches: Sequence[Inputs]) -> str:
     content = hashlib.sha256()
     for batch in batches:
@@ -158,12 +193,12 @@ def _changes(out: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     }
     if refused:
         unfinished = [f"stages.{i}" for i in range(len(types)) if i not in finished]
+        open_to_change = f"{', '.join(unfinished)} without a result yet, and what" if unfinished else "what"
         raise UserError(
             f"cannot resume in {out}: the recipe differs in "
             + ", ".join(f"{k} ({then!r} then, {now!r} now)" for k, (then, now) in list(refused.items())[:5])
             + "; use the first recipe, or another output folder. What may change is "
-            + (f"{', '.join(unfinished)} without a result yet, " if unfinished else "")
-            + f"and what has no effect on results: {', '.join(_names_without_effect(recipe))}"
+            + f"{open_to_change} has no effect on results: {', '.join(_names_without_effect(recipe))}"
         )
     return changes
 
@@ -239,7 +274,7 @@ def _same_place(then: Any, now: Any) -> bool:
 
 def _is_unbegun(out: Path) -> bool:
     """Whether `out` holds nothing but what a conversion leaves that stopped before it trained or measured."""
-    names = (LOCK, "plan.json", ".recipe.yaml.partial", "recipe.yaml", CALIBRATION)
+    names = (LOCK, "plan.json", ".recipe.yaml.partial", "recipe.yaml", CALIBRATION, SOURCE)
     return set(out.rglob("*")) <= {out / "run", *(out / "run" / name for name in names)}
 
 

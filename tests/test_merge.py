@@ -159,6 +159,34 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
     refused([a, b], "holds a LoRA adapter .*; merge it into the weights first")
 
 
+def test_other_vocabularies_are_refused_whatever_their_size(make: Callable[..., Path], tmp_path: Path) -> None:
+    a, b, out = make("a"), make("b", 1), tmp_path / "out"
+    file = b / "tokenizer.json"
+    told = json.loads(file.read_text())
+    vocab = told["model"]["vocab"]
+    one, other = sorted(vocab, key=vocab.get)[-2:]
+    told["model"]["vocab"] = {**vocab, one: vocab[other], other: vocab[one]}
+    file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=f"different vocabularies: token {vocab[one]} is .* in one and"):
+        merge([a, b], out)
+    told["model"]["vocab"] = {k: v for k, v in vocab.items() if k != other}
+    told["added_tokens"] = [*told.get("added_tokens", []), {"id": len(vocab) + 999, "content": "<chat>"}]
+    file.write_text(json.dumps(told))
+    assert merge([a, b], out) == out, "a token that one of them alone has clashes with none"
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer.json is damaged"):
+        merge([a, b], tmp_path / "other")
+
+
+def test_where_nothing_can_be_written_and_an_index_that_is_not_read(make: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = make("a", max_shard_size="5GB"), make("b", 1)
+    with pytest.raises(UserError, match="cannot be written"):
+        merge([a, b], a / "config.json" / "out")
+    shutil.copy(b / "model.safetensors.index.json", a)
+    out = merge([a, b], tmp_path / "out")
+    assert (out / "model.safetensors").is_file() and not (out / "model.safetensors.index.json").exists()
+
+
 def test_whole_numbers_must_be_the_same_and_a_failure_leaves_nothing(
     make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainable import make_recipe, metrics, write_documents
 
 from linearize.errors import UserError
 from linearize.pipeline import convert
 from linearize.recipe import Recipe
+from linearize.resume import weights_digest
 
 FIRST = {"type": "attention_transfer", "tokens": 256, "batch_size": 4}
 SECOND = {"type": "finetune", "tokens": 512, "batch_size": 4, "lr": 1e-3, "lora": {"r": 2}}
@@ -91,6 +93,12 @@ def test_what_results_come_from_does_not_change(source: Path) -> None:
     assert (out / "run" / "recipe.yaml").read_text() == before
 
 
+def test_the_message_names_what_may_change_once_all_stages_have_results(source: Path) -> None:
+    out = convert(recipe_of(source), source / "out", say=lambda text: None)
+    with pytest.raises(UserError, match="What may change is what has no effect on results: "):
+        convert(recipe_of(source, lr=2e-3), out, resume=True, say=lambda text: None)
+
+
 def test_another_stage_takes_the_place_of_one_without_a_result(source: Path) -> None:
     sections = {"evaluation": EVALUATION}
     out = stopped(make_recipe(source, stages=[FIRST, SECOND], **sections), source / "out")
@@ -138,6 +146,32 @@ def test_changed_data_of_a_calibration_are_refused(source: Path, after: int) -> 
     with pytest.raises(UserError, match="data of the calibration"):
         convert(recipe, out, resume=True, say=lambda text: None)
     assert not same_weights(source / "whole", convert(recipe, source / "changed", say=lambda text: None))
+
+
+def test_another_source_model_is_refused(source: Path) -> None:
+    recipe = recipe_of(source, checkpoint_every=1)
+    out, name = stopped(recipe, source / "out"), recipe.model.name
+    file = Path(name) / "model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    save_file({key: tensor + 1e-3 for key, tensor in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="weights of the source, model.name=.* are others than when .* put them back"):
+        convert(recipe, out, resume=True, say=lambda text: None)
+    file.write_bytes(whole)
+    convert(recipe, out, resume=True, say=lambda text: None)
+    assert same_weights(out, convert(recipe, source / "whole", say=lambda text: None))
+    save_file({key: tensor + 1e-3 for key, tensor in tensors.items()}, file, {"format": "pt"})
+    convert(recipe, out, resume=True, say=lambda text: None)  # nothing is left to do
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_digest_of_weights_sees_each_tensor_its_type_and_name(dtype: torch.dtype) -> None:
+    layer = torch.nn.Linear(100, 100).to(dtype)
+    digest = weights_digest(layer)
+    assert weights_digest(copy.deepcopy(layer)) == digest
+    with torch.no_grad():
+        layer.bias[7] += 1
+    changed = {digest, weights_digest(layer), weights_digest(layer.half()), weights_digest(torch.nn.Sequential(layer))}
+    assert len(changed) == 4
 
 
 def test_a_calibration_that_nothing_followed_is_made_anew(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,14 @@ def _damage(path: Path) -> Iterator[None]:
         ) from error
 
 
+def other_version(path: Path | None, what: object) -> UserError:
+    """The error for a checkpoint that holds other things than this version writes."""
+    return UserError(
+        f"checkpoint {path} was written by another version of linearize ({what}); resume with that version, or delete "
+        "the step-*.safetensors beside it, and the stage begins anew"
+    )
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimiser steps lies."""
     return folder / f"step-{step:08d}.safetensors"
@@ -117,7 +125,7 @@ def load_checkpoint(
     Returns its state, None without a checkpoint.
 
     Raises:
-        UserError: when the newest checkpoint is damaged or belongs to other parameters.
+        UserError: when the newest checkpoint is damaged, belongs to other parameters or is of another version.
     """
     newest = newest_checkpoint(folder)
     if newest is None:
@@ -129,6 +137,8 @@ def load_checkpoint(
             f"checkpoint {newest} holds other parameters than this stage trains "
             f"(for example {sorted(saved ^ set(parameters))[0]!r}); resume with the recipe that wrote it"
         )
+    if lost := [name for name in average or {} if f"average/{name}" not in tensors]:
+        raise other_version(newest, f"no average of {lost[0]}")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"parameter/{name}"])

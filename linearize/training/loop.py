@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from linearize.data import Rows, batches
 from linearize.errors import UserError, disk_full
 from linearize.progress import bar
-from linearize.training.checkpoint import load_checkpoint, save_checkpoint
+from linearize.training.checkpoint import load_checkpoint, newest_checkpoint, other_version, save_checkpoint
 from linearize.training.config import TrainingConfig
 from linearize.training.interrupt import between_steps
 from linearize.training.optim import Average, Plateau, adamw, decay
@@ -81,7 +81,7 @@ def train(
     average = Average(config.ema, parameters) if config.ema is not None else None
     averages = average.values if average else None
     if resume and (state := load_checkpoint(folder, parameters, optimizer, averages)):
-        start, seconds, plateau = state["step"], state["seconds"], Plateau(**state["plateau"])
+        start, seconds, plateau = _progress(state, folder)
     log = MetricsLog(folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     feed = batches(data, micro, config.seed, start * accumulate, rank, world)
     drawn = bar(config.type, unit="tok", total=steps * per_step, initial=start * per_step)
@@ -126,6 +126,18 @@ def train(
     for tracker in accelerator.trackers:  # not end_training(), which would also end the process group of later stages
         tracker.finish()
     return seconds
+
+
+def _progress(state: Mapping[str, Any], folder: Path) -> tuple[int, float, Plateau]:
+    """Steps that a checkpoint's state has behind it, their seconds, and the plateau.
+
+    Raises:
+        UserError: for a state of another version, which has other fields.
+    """
+    try:
+        return state["step"], state["seconds"], Plateau(**state["plateau"])
+    except (KeyError, TypeError) as error:
+        raise other_version(newest_checkpoint(folder), error) from error
 
 
 def stream_seed(*parts: int) -> int:

@@ -325,6 +325,24 @@ def test_a_damaged_checkpoint_is_named_and_deleting_it_resumes_from_the_one_befo
     same(resumed, straight)
 
 
+@pytest.mark.parametrize("field", ["plateau", "seconds", "average"])
+def test_a_checkpoint_of_another_version_is_an_error_that_says_what_to_do(
+    converted: Callable[..., Any], data: Any, tmp_path: Path, field: str
+) -> None:
+    settings = {"steps": 8, "checkpoint_every": 2, "ema": 0.9}
+    with killed(3):
+        make_stage("attention_transfer", **settings).run(converted("lolcats"), data, tmp_path / "run")
+    newest = tmp_path / "run" / "step-00000002.safetensors"
+    tensors, state = checkpoint.read_tensors(newest)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{field}/")}
+    if field == "plateau":
+        state["plateau"] = {"window": 100, "factor": 1.0, "best": 3.0, "losses": []}
+    state.pop(field if field == "seconds" else "", None)
+    checkpoint.write_tensors(newest, tensors, state)
+    with pytest.raises(UserError, match=r"step-00000002\S+ was written by another version .* the stage begins anew"):
+        make_stage("attention_transfer", **settings).run(converted("lolcats"), data, tmp_path / "run", resume=True)
+
+
 def test_a_damaged_result_is_named(converted: Callable[..., Any], data: Any, tmp_path: Path) -> None:
     make_stage("attention_transfer").run(converted("lolcats"), data, tmp_path / "run")
     result = tmp_path / "run" / "result.safetensors"
