@@ -29,6 +29,13 @@ from linearize.hf.native import native_model
 from linearize.hub.card import model_card
 from linearize.hub.licence import licence_files
 from linearize.inits.calibrated import calibrate
+from linearize.origins import (
+    check_calibration,
+    check_rows,
+    check_source_model,
+    note_calibration,
+    note_source_model,
+)
 from linearize.plan import Plan, make_plan
 from linearize.preflight import check_sources, is_taught, outline, plan_of, stages_of
 from linearize.recipe import Recipe
@@ -37,13 +44,8 @@ from linearize.report.conversions import facts_of
 from linearize.resume import (
     adopt,
     alone,
-    check_calibration,
-    check_rows,
-    check_source,
     claim,
     is_exported,
-    note_calibration,
-    note_source,
     point_names,
     stage_folder,
 )
@@ -120,8 +122,8 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
             check_rows(stage, rows, folder)
     if is_main():
         if resume and not (trained and is_exported(out, recipe)):
-            check_source(out, model, recipe.model.name)
-        note_source(out, model)
+            check_source_model(out, model, recipe.model.name)
+        note_source_model(out, model)
     if plan.chooser is not None:
         recipe = chosen(recipe, model, tokenizer, out / "run" / "layers.json")
         plan = make_plan(recipe, model.config)

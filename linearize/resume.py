@@ -1,5 +1,6 @@
-"""Whose an output folder is, and what a resumed conversion may change: `claim`, `alone`, `adopt`, `check_rows` and
-`check_calibration` for the data, and `check_source` for the source model.
+"""Whose an output folder is, and what a resumed conversion may change: `claim`, `alone` and `adopt`.
+
+That its data and source model are the same is seen to in `linearize.origins`.
 
 A change may touch no result that is on disk: that of a stage without one, and of keys which the schema marks by
 `WITHOUT_EFFECT`. A stage whose settings change is started anew, never continued from checkpoints of the others.
@@ -7,7 +8,6 @@ A change may touch no result that is on disk: that of a stage without one, and o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,28 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from pydantic import BaseModel
 
-from linearize.data import PackedDataset
 from linearize.errors import UserError, disk_full, write_whole
 from linearize.hf.folder import check_folder, check_weights, read_mapping, weight_files
-from linearize.inits.calibrated import Inputs
 from linearize.locks import held
+from linearize.origins import CALIBRATION, SOURCE
 from linearize.recipe import Recipe
 from linearize.registry import find
 from linearize.schema import differences, without_effect
-from linearize.stages.base import RESULT, Stage, facts_of
-from linearize.training.checkpoint import newest_checkpoint, read_state
+from linearize.stages.base import Stage
 
 LOCK = ".lock"
 """File in `run` that the process which converts into the folder holds locked."""
-CALIBRATION = "calibration.json"
-"""File in `run` that tells the rows that mixers were calibrated on from others."""
-SOURCE = "source.json"
-"""File in `run` that tells the weights of the source model from others."""
-SAMPLED = 1024
-"""Values of each tensor that do so, evenly spread: hashing all would take minutes on large models."""
 
 
 def stage_folder(out: Path, index: int, kind: str) -> Path:
@@ -89,80 +80,6 @@ def adopt(out: Path, recipe: Recipe, say: Callable[[str], Any]) -> None:
     _rename_points(out / "run" / "measurements.json", dict(zip(point_names(then), point_names(now), strict=False)))
     if changes:
         write_whole(_mark(out), recipe.to_yaml())
-
-
-def check_rows(stage: Stage, data: PackedDataset | None, folder: Path) -> None:
-    """Raise a UserError if what a stage left in its `folder` was trained on other rows than those of `data`."""
-    finished = Stage.finished(folder)
-    file = folder / RESULT if finished else newest_checkpoint(folder)
-    if data is None or file is None:
-        return
-    told, now = read_state(file), facts_of(data)
-    if finished and told.get("max_tokens") != now["max_tokens"]:
-        return  # of a stream as much is read as the stages need, and later ones may have changed
-    if told.get("data", now["data"]) != now["data"]:
-        source = data.info["config"]["source"]
-        raise _changed_data(f"stage {stage.config.type}: the training data", source, f"{file} was written")
-
-
-def check_calibration(out: Path, batches: Sequence[Inputs], source: str) -> None:
-    """Raise a UserError if the conversion in `out` was calibrated on other rows than these, read from `source`.
-
-    A resumed conversion calibrates again: what stages do not train comes from there.
-    """
-    place = out / "run" / CALIBRATION
-    if place.exists() and json.loads(place.read_text())["rows"] != _digest(batches):
-        raise _changed_data("the data of the calibration (init)", source, "the conversion began")
-
-
-def note_calibration(out: Path, batches: Sequence[Inputs]) -> None:
-    """Write down for `check_calibration` what the conversion in `out` was calibrated on first."""
-    if not (place := out / "run" / CALIBRATION).exists():
-        write_whole(place, json.dumps({"rows": _digest(batches)}) + "\n")
-
-
-def check_source(out: Path, model: Any, name: str) -> None:
-    """Raise a UserError if the conversion in `out` began with other weights than those of the source `model`.
-
-    Other weights would be measured beside, and train on top of, results of the first. `name` is the recipe's for it.
-    """
-    place = out / "run" / SOURCE
-    if place.exists() and json.loads(place.read_text())["weights"] != weights_digest(model):
-        raise UserError(
-            f"the weights of the source, model.name={name!r}, are others than when the conversion in {out} began; put "
-            "them back (a repository's earlier ones by model.revision), or convert into another folder"
-        )
-
-
-def note_source(out: Path, model: Any) -> None:
-    """Write down for `check_source` what weights the conversion in `out` began with."""
-    if not (place := out / "run" / SOURCE).exists():
-        write_whole(place, json.dumps({"weights": weights_digest(model)}) + "\n")
-
-
-def weights_digest(model: Any) -> str:
-    """Tells a model's weights from others, by `SAMPLED` values of each tensor."""
-    content = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
-        content.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode() + some.view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()
-
-
-def _digest(batches: Sequence[Inputs]) -> str:
-    content = hashlib.sha256()
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            content.update(f"{name}{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    return content.hexdigest()
-
-
-def _changed_data(what: str, source: str, since: str) -> UserError:
-    return UserError(
-        f"{what} changed since {since}: data.source={source!r} gives other rows now; put it back as it was, or convert "
-        "into another folder"
-    )
 
 
 def is_exported(out: Path, recipe: Recipe) -> bool:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from trainable import make_recipe, metrics, write_documents
 
 from linearize.errors import UserError
+from linearize.origins import weights_digest
 from linearize.pipeline import convert
 from linearize.recipe import Recipe
-from linearize.resume import weights_digest
 
 FIRST = {"type": "attention_transfer", "tokens": 256, "batch_size": 4}
 SECOND = {"type": "finetune", "tokens": 512, "batch_size": 4, "lr": 1e-3, "lora": {"r": 2}}

@@ -105,13 +105,13 @@ def check_row(row: Mapping[str, Any], column: str, kind: str) -> None:
 def check_text(value: Any, name: str) -> None:
     """Raise a BadRow for what is neither a text nor null."""
     if not isinstance(value, str | None):
-        raise BadRow(f"{name} is no text, but {_short(value)}")
+        raise BadRow(f"{name} is no text, but {value!r:.80}")
 
 
 def check_turns(messages: Any, name: str) -> None:
     """Raise a BadRow for what is neither a list of messages nor null."""
     if not isinstance(messages, list | None):
-        raise BadRow(f"{name} is no list of messages, but {_short(messages)}")
+        raise BadRow(f"{name} is no list of messages, but {messages!r:.80}")
     for message in messages or ():
         as_turn(message)
 
@@ -146,11 +146,6 @@ def _column(row: dict[str, Any], config: DataConfig) -> tuple[str, str]:
         f"{', '.join(columns)}. Name the one with the text: data.text_column=...; pairs chosen and rejected are "
         "data.format=preference"
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True) -> list[list[int]]:
@@ -209,13 +204,13 @@ def as_turn(message: Any) -> dict[str, str]:
     role: Any = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise BadRow(
-            f"a chat message without a role: {_short(message)}; messages need role and content, or from and value"
+            f"a chat message without a role: {message!r:.80}; messages need role and content, or from and value"
         )
     content = message.get("content") or message.get("value") or ""
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise BadRow(f"a chat message whose content is no text, but {_short(content)}")
+        raise BadRow(f"a chat message whose content is no text, but {content!r:.80}")
     return {"role": _ROLES.get(role, role), "content": content}
 
 
