@@ -50,4 +50,4 @@ class Hedgehog(FeatureMap):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = torch.einsum("bthd,hdf->bthf", x.to(self.weight.dtype), self.weight)
         z = z.to(working_dtype(z))
-        return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
+        return torch.stack([z, -z], dim=-2).softmax(-1).flatten(-2)
