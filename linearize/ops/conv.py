@@ -55,7 +55,7 @@ def _by_taps(
         earlier = joined[:, size - 1 - back : size - 1 - back + T]
         if place is not None:
             earlier = torch.where(place >= back, earlier, 0)
-        y = torch.addcmul(y, earlier, taps[size - 1 - back])
+        y = y + earlier * taps[size - 1 - back]
     return y
 
 
