@@ -65,7 +65,7 @@ def divergence(
     """
     if top_k is not None and top_k < teacher.shape[-1]:
         return coarse_divergence(student, *likeliest(teacher, top_k, temperature), kind, temperature)
-    log_s, log_t = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
+    log_s, log_t = (_log_softmax(x, temperature) for x in (student, teacher))
     return _divergence(log_s, log_t, kind) * temperature**2
 
 
@@ -79,7 +79,7 @@ def coarse_divergence(
         log_t: [N, k + 1].
         tokens: [N, k] int64.
     """
-    log_s = coarse((student.float() / temperature).log_softmax(-1), tokens)
+    log_s = coarse(_log_softmax(student, temperature), tokens)
     return _divergence(log_s, log_t, kind) * temperature**2
 
 
@@ -88,9 +88,15 @@ def likeliest(logits: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[t
 
     The last one does not follow from that of another temperature: it sums over tokens that are not there.
     """
-    log_p = (logits.float() / temperature).log_softmax(-1)
+    log_p = _log_softmax(logits, temperature)
     tokens = log_p.topk(k, dim=-1).indices
     return coarse(log_p, tokens), tokens
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities [N, vocabulary], float32; a temperature of 1 takes no copy of the logits."""
+    wide = logits.float()
+    return (wide if temperature == 1 else wide / temperature).log_softmax(-1)
 
 
 def _divergence(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Tensor:

@@ -107,7 +107,8 @@ class Composed(Mixer):
         self.decay: Decay = build(config.decay, dataclasses.replace(shape, key_dim=self.update.decay_channels()))
         self.output = Output(config.output, shape)
         kv_heads = shape.heads if config.kv_heads == "cloned" else shape.kv_heads
-        self.conv = Conv(config.conv, dataclasses.replace(shape, kv_heads=kv_heads)) if config.conv.size else None
+        convolved = dataclasses.replace(shape, kv_heads=kv_heads)
+        self.conv = Conv(config.conv, convolved, config.backend) if config.conv.size else None
         self.local = LocalWindow(config.window, config.sinks, config.meta_tokens, shape) if config.window else None
         self.combine: Combine | None = build(config.combine, shape) if config.window else None
         if config.qk_norm == "rms":

@@ -73,12 +73,17 @@ def _obstacle(tensor: torch.Tensor, unsupported: str) -> str:
 
 
 def fla_kernel(op: str, folder: str, name: str) -> Callable[..., Any]:
-    """The function `name` of `fla.ops.<folder>`, imported only now.
+    """The function `name` of `fla.ops.<folder>`, imported only now; errors as `fla_function`."""
+    return fla_function(op, f"fla.ops.{folder}", name)
+
+
+def fla_function(op: str, module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a module of fla, imported only now.
 
     Raises ValueError when fla cannot be imported here.
     """
     try:
-        return getattr(importlib.import_module(f"fla.ops.{folder}"), name)
+        return getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise ValueError(f"{op}: the fla kernels cannot be imported ({error}); use backend 'torch'") from error
 

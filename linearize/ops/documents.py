@@ -3,11 +3,30 @@
 `documents` is `[B, T]` integers, non-decreasing along T; a token sees only tokens with its own number.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _remembered(function: Callable[[torch.Tensor], Pair]) -> Callable[[torch.Tensor], Pair]:
+    """`function` of documents with its last answer kept, for all layers ask about the same tensor."""
+    last: tuple[torch.Tensor, int, Pair] | None = None
+
+    @functools.wraps(function)
+    def remembering(documents: torch.Tensor) -> Pair:
+        nonlocal last
+        if torch.compiler.is_compiling() or documents.is_inference():  # the latter counts no changes
+            return function(documents)
+        if last is None or last[0] is not documents or last[1] != documents._version:
+            last = documents, documents._version, function(documents)
+        return last[2]
+
+    return remembering
 
 
 def fill_padding(documents: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -18,7 +37,8 @@ def fill_padding(documents: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
     return torch.where(mask, documents, lowest).cummax(dim=1).values
 
 
-def positions(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@_remembered
+def positions(documents: torch.Tensor) -> Pair:
     """Where each token's document starts in its row, and the token's position in it; both `[B, T]`."""
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     is_first = torch.ones_like(documents, dtype=torch.bool)
@@ -27,7 +47,8 @@ def positions(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return start, index - start
 
 
-def cumulative_lengths(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@_remembered
+def cumulative_lengths(documents: torch.Tensor) -> Pair:
     """Boundaries of all documents of all rows laid end to end, for kernels that take `cu_seqlens`.
 
     Returns `cu_seqlens` `[N + 1]` over the B * T tokens of the flattened rows, and `[B]` the index of the

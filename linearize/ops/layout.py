@@ -28,8 +28,7 @@ def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def rms_normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x `[..., D]` over its root mean square, times weight `[D]` or `[H, D]`, in the working precision."""
-    wide = x.to(working_dtype(x))
-    return wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    return F.rms_norm(x.to(working_dtype(x)), x.shape[-1:], eps=eps) * weight
 
 
 def zero_padding(x: torch.Tensor, mask: torch.Tensor | None, value: float = 0.0) -> torch.Tensor:

@@ -73,8 +73,8 @@ def _bands(x: torch.Tensor, prefix: torch.Tensor, block: int) -> torch.Tensor:
     """The tokens each block of queries can see: `[B, T, ...]` -> `[B, N, ..., span]`, a view of one padded
     copy.
 
-    x follows prefix `[B, window - 1, ...]`; band n starts window - 1 tokens before query block n, so
-    span = window - 1 + block.
+    x follows prefix `[B, window, ...]`; band n starts window tokens before query block n, so span = window + block: one
+    more than is ever seen, for the sake of rows that begin at even addresses.
     """
     joined = torch.cat([prefix, x], dim=1)
     pad = -x.shape[1] % block
@@ -91,12 +91,12 @@ def _visible(
     documents: torch.Tensor | None,
 ) -> torch.Tensor:
     """Which tokens of its band each query sees: `[B, N, block, span]` bool."""
-    age = torch.arange(block, device=valid.device)[:, None] + window - 1
-    age = age - torch.arange(window - 1 + block, device=valid.device)[None, :]
+    age = torch.arange(block, device=valid.device)[:, None] + window
+    age = age - torch.arange(window + block, device=valid.device)[None, :]
     seen = _bands(valid, valid_prefix, block)[:, :, None, :] & _blocks(valid, block)[..., None]
     if documents is not None:
         # Prefix tokens are never valid with documents (no state), so their number is arbitrary.
-        keys = _bands(documents, documents.new_zeros(documents.shape[0], window - 1), block)
+        keys = _bands(documents, documents.new_zeros(documents.shape[0], window), block)
         seen = seen & (_blocks(documents, block)[..., None] == keys[:, :, None, :])
     # A query always sees itself: padding, whose k and v are zero, then gets output 0 and a finite lse.
     return ((age >= 0) & (age < window) & seen) | (age == 0)
@@ -134,22 +134,24 @@ def attend(
     them `[B, N, c, S]`. softcap bounds all scores, see `capped`.
     Returns out `[B, N, H, c, V]`, lse and max `[B, N, H, c]`.
     """
-    scores = capped(q @ k, softcap).masked_fill(~visible[:, :, None], float("-inf"))
-    if sink is None:
-        top = scores.amax(-1)
-        weights = (scores - top.detach().unsqueeze(-1)).exp()
-        total, out = weights.sum(-1), weights @ v
-    else:
+    scores = capped(q @ k, softcap) + _hidden(visible, q.dtype)
+    span = scores.shape[-1]
+    if sink is not None:
         keys, values, seen = sink
         axes = "bshd" if keys.dim() == 4 else "bncshd"
         sink_scores = capped(torch.einsum(f"bnhcd,{axes}->bnhcs", q, keys), softcap)
-        sink_scores = sink_scores.masked_fill(~seen[:, :, None], float("-inf"))
-        top = torch.maximum(scores.amax(-1), sink_scores.amax(-1))
-        shift = top.detach().unsqueeze(-1)
-        weights, sink_weights = (scores - shift).exp(), (sink_scores - shift).exp()
-        total = weights.sum(-1) + sink_weights.sum(-1)
-        out = weights @ v + torch.einsum(f"bnhcs,{axes}->bnhcd", sink_weights, values)
-    return out / total.unsqueeze(-1), total.log() + top.detach(), top
+        scores = torch.cat([scores, sink_scores + _hidden(seen, q.dtype)], dim=-1)
+    weights = scores.softmax(-1)
+    top, best = scores.max(-1)
+    out = weights[..., :span] @ v
+    if sink is not None:
+        out = out + torch.einsum(f"bnhcs,{axes}->bnhcd", weights[..., span:], values)
+    return out, top - weights.gather(-1, best.unsqueeze(-1)).squeeze(-1).log(), top
+
+
+def _hidden(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores `[B, N, H, c, S]` for visible `[B, N, c, S]`: 0, or -inf where it is False."""
+    return torch.where(visible, 0.0, -torch.inf).to(dtype)[:, :, None]
 
 
 def _sink_columns(
@@ -251,15 +253,15 @@ def window_attention(
         q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
         block = min(T, 64, max(16, window))
         valid = k.new_ones(B, T, dtype=torch.bool) if mask is None else mask
-        visible = _visible(window, block, valid, state["valid"][:, 1:], documents)
+        visible = _visible(window, block, valid, state["valid"], documents)
         sink = None
         if sinks:
             start, position = None, state["seen"][:, None] + torch.arange(T, device=k.device)
             if documents is not None:
                 start, position = positions(documents)
             sink = _sink_columns(k, v, after, window=window, block=block, position=position, start=start, mask=mask)
-        k_bands = _operands(_bands(k, state["k"][:, 1:].to(dtype), block).mT, heads)
-        v_bands = _operands(_bands(v, state["v"][:, 1:].to(dtype), block).mT, heads)
+        k_bands = _operands(_bands(k, state["k"].to(dtype), block).mT, heads)
+        v_bands = _operands(_bands(v, state["v"].to(dtype), block).mT, heads)
         queries = _blocks(q, block).transpose(2, 3).split(heads // len(k_bands), dim=2)
         own: list[Any] = [None] * len(k_bands)
         if sink is not None:

@@ -27,6 +27,7 @@ from linearize.losses import preference
 from linearize.snapshot import Snapshot
 from linearize.stages.tuning.tuned import Tuned, TunedConfig
 from linearize.training.loop import Batch, Metrics
+from linearize.training.precision import backpropagate
 
 
 class DPOConfig(TunedConfig):
@@ -94,7 +95,7 @@ class DPO(Tuned):
         h = change[0::2] - change[1::2]
         config = self.config
         loss = preference(h, config.loss, config.beta, config.label_smoothing)
-        (loss * weight).backward()
+        backpropagate(loss * weight)
         h = h.detach()
         return {"loss": loss.detach(), "accuracy": (h > 0).float().sum(), "margin": config.beta * h.sum()}
 

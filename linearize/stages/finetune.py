@@ -12,6 +12,7 @@ import torch
 from linearize.losses import next_token
 from linearize.stages.tuning.tuned import Tuned, TunedConfig
 from linearize.training.loop import Batch, Metrics
+from linearize.training.precision import backpropagate
 
 
 class FinetuneConfig(TunedConfig):
@@ -32,5 +33,5 @@ class Finetune(Tuned):
             return next_token(self.family.logits(model, hidden), targets)
 
         total = self.scored(loss, hidden, targets)
-        (total * weight).backward()
+        backpropagate(total * weight)
         return {"loss": total.detach()}

@@ -23,6 +23,7 @@ from linearize.stages.tuning.tuned import Tuned, TunedConfig
 from linearize.swap import source_weights, student_path
 from linearize.teacher import blocks, run_blocks
 from linearize.training.loop import Batch, Metrics
+from linearize.training.precision import backpropagate
 
 LOSSES = {"mse": mse, "l2": l2, "cosine": cosine}
 
@@ -108,7 +109,7 @@ class HiddenAlign(Tuned):
         found = self._states(model, inputs)
         parts = [loss(a, b, keep) for a, b in zip(found, expected, strict=True)]
         total = torch.stack(parts).mean()
-        (total * weight).backward()
+        backpropagate(total * weight)
         return {"loss": total.detach()}
 
     def _states(self, model: Any, inputs: Batch) -> list[torch.Tensor]:
@@ -139,7 +140,7 @@ class HiddenAlign(Tuned):
                 found = _first(block.forward(*args, **kwargs))
                 block.eval()
                 part = loss(found, _first(output), keep)
-                (part * weight).backward()
+                backpropagate(part * weight)
             metrics[f"layer_{index}"] = part.detach()
 
         with self.teacher(model):

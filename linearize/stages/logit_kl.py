@@ -30,7 +30,7 @@ from linearize.losses import coarse_divergence, divergence, likeliest, next_toke
 from linearize.stages.tuning.cached import LOG_PROBS, TOKENS, WithPredictions, write_predictions
 from linearize.stages.tuning.tuned import Tuned, TunedConfig
 from linearize.training.loop import Batch, Metrics
-from linearize.training.precision import autocast
+from linearize.training.precision import autocast, backpropagate
 from linearize.training.processes import is_main, join, wait_for_all
 
 Compare = Callable[[Any], torch.Tensor]
@@ -145,7 +145,7 @@ class LogitKL(Tuned):
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
         summed = self._cached(model, dict(batch)) if self.config.teacher == "cached" else self._live(model, batch)
-        (summed[0] * weight).backward()
+        backpropagate(summed[0] * weight)
         return dict(zip(("loss", "kl", "ce"), summed.detach(), strict=True))
 
     def _cached(self, model: Any, batch: Batch) -> torch.Tensor:

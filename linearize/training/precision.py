@@ -29,6 +29,12 @@ def autocast(config: TrainingConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
+def backpropagate(loss: torch.Tensor) -> None:
+    """`loss.backward()` outside of autocast, in which forward products of float32 would have gradients of bfloat16."""
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()
+
+
 @contextmanager
 def float32_weights(model: nn.Module) -> Iterator[None]:
     """Inside the context all half-precision weights of a model, and those kept of its source, are float32.

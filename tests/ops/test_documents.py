@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_cases import document_rows
 
-from linearize.ops.documents import repack, unpack
+from linearize.ops.documents import cumulative_lengths, positions, repack, unpack
 
 ROWS = [
     [[1]],
@@ -61,3 +61,14 @@ def test_padding_is_neutral_for_each_input_and_absent_gates_stay_absent():
     assert absent is None
     assert all(padded[0, 3].tolist() == [0.0, 0.0] for padded in (q, k, v))
     assert (g[0, 3], beta[0, 3]) == (0.0, -2.0) and (g[1] == 5.0).all() and (beta[1] == 5.0).all()
+
+
+@pytest.mark.parametrize("function", [positions, cumulative_lengths])
+def test_documents_are_read_once_for_all_layers_and_again_where_they_change(function):
+    documents = document_rows([[2, 3, 1]])
+    first = function(documents)
+    assert function(documents) is first
+    documents[:] = document_rows([[1, 5]])
+    for changed in (function(documents), function(document_rows([[1, 5]]))):
+        assert all(a.tolist() == b.tolist() for a, b in zip(changed, function(document_rows([[1, 5]])), strict=True))
+    assert function(documents)[0].tolist() != first[0].tolist()

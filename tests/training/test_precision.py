@@ -51,6 +51,23 @@ def test_every_stage_trains_a_bfloat16_model(
         assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("key", STAGES)
+def test_no_stage_runs_its_backward_pass_under_autocast(
+    converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There even products of float32 operators would have gradients of bfloat16."""
+    seen, original = [], torch.Tensor.backward
+
+    def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        original(loss, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    settings = {"steps": 1, "precision": "bf16", **generic(key)}
+    make_stage(key, **settings).run(converted("lolcats", "LSL"), dataset(tmp_path, pico_tokenizer), tmp_path / "run")
+    assert seen and not any(seen)
+
+
 def test_a_trained_source_weight_stays_the_teachers_in_later_stages(
     converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linearize.inits.base import Init, LastTap
-from linearize.mixers.base import Context, HeadShape
+from linearize.mixers.base import Backend, Context, HeadShape
 from linearize.mixers.parts.base import Part
 from linearize.ops.conv import causal_conv
 
@@ -53,9 +53,9 @@ class Taps(nn.Module):
 class Conv(Part):
     """See the module docstring. State: the last size - 1 tokens of what is convolved."""
 
-    def __init__(self, config: ConvConfig, shape: HeadShape):
+    def __init__(self, config: ConvConfig, shape: HeadShape, backend: Backend = "auto"):
         super().__init__()
-        self.inputs, self.activation = config.inputs, config.activation
+        self.inputs, self.activation, self.backend = config.inputs, config.activation, backend
         sizes = {
             "q": (shape.heads, shape.key_dim),
             "k": (shape.kv_heads, shape.key_dim),
@@ -78,6 +78,7 @@ class Conv(Part):
                 mask=ctx.mask,
                 documents=ctx.documents,
                 state=None if state is None else state[x],
+                backend=self.backend,
             )
             if self.activation == "silu":
                 heads[x] = F.silu(heads[x])

@@ -85,13 +85,16 @@ class Output(Part):
         """y [B, T, Hq, V] normed, gated and scaled; x [B, T, C] is the layer's input."""
         config = self.config
         y = y.to(working_dtype(y))
+        scale = self.scale.to(y.dtype).unsqueeze(-1) if config.scale else None
         if config.norm != "none":
             if config.norm == "group":
                 y = y - y.mean(-1, keepdim=True)
-            y = rms_normed(y, self.norm_weight, config.eps)
+            y = rms_normed(y, self.norm_weight if scale is None else self.norm_weight * scale, config.eps)
+        elif scale is not None:
+            y = y * scale
         if config.gate != "none":
             z = x if config.gate_rank is None else F.linear(x, self.gate_down.to(x.dtype))
             z = torch.einsum("btr,hvr->bthv", z, self.gate_up.to(z.dtype)).to(y.dtype)
             z = z + self.gate_bias if config.gate_bias else z
             y = y * (F.silu(z) if config.gate == "silu" else 2 * z.sigmoid())
-        return y * self.scale.to(y.dtype).unsqueeze(-1) if config.scale else y
+        return y

@@ -22,6 +22,7 @@ from linearize.teacher import run_teacher
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch, Metrics
 from linearize.training.names import select
+from linearize.training.precision import backpropagate
 
 
 class ForcedConfig(TrainingConfig):
@@ -105,7 +106,7 @@ class Forced(Stage):
                 loss = self.layer_loss(attn, call, target, keep)
                 if not loss.requires_grad:  # what trains here comes after what is compared
                     return
-                (loss * weight).backward()
+                backpropagate(loss * weight)
             metrics[f"layer_{attn.layer_idx}"] = loss.detach()
 
         with torch.no_grad():

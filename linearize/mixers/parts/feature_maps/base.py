@@ -33,3 +33,9 @@ class FeatureMap(Part):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, H, D] -> [B, T, H, F]."""
         raise NotImplementedError
+
+
+def projected(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, D] times weight [H, D, F] in the weight's precision, or in that of autocast: [B, T, H, F]."""
+    x = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    return torch.einsum("bthd,hdf->bthf", x, weight)

@@ -14,7 +14,7 @@ from torch import nn
 from linearize.inits.base import Identity, Init
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import PartConfig
-from linearize.mixers.parts.feature_maps.base import FeatureMap
+from linearize.mixers.parts.feature_maps.base import FeatureMap, projected
 from linearize.ops.layout import working_dtype
 
 
@@ -48,6 +48,6 @@ class Hedgehog(FeatureMap):
         return {"weight": Identity()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = torch.einsum("bthd,hdf->bthf", x.to(self.weight.dtype), self.weight)
+        z = projected(x, self.weight)
         z = z.to(working_dtype(z))
-        return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
+        return torch.stack([z, -z], dim=-2).softmax(-1).flatten(-2)

@@ -14,7 +14,7 @@ from torch import nn
 from linearize.inits.base import Constant, Init, KaimingUniform, SignedIdentity
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import PartConfig
-from linearize.mixers.parts.feature_maps.base import FeatureMap
+from linearize.mixers.parts.feature_maps.base import FeatureMap, projected
 from linearize.ops.layout import working_dtype
 
 
@@ -55,5 +55,5 @@ class Relu(FeatureMap):
         return {"weight": weight, "bias": Constant(0.0)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = torch.einsum("bthd,hdf->bthf", x.to(self.weight.dtype), self.weight) + self.bias
+        z = projected(x, self.weight) + self.bias
         return z.to(working_dtype(z)).relu()

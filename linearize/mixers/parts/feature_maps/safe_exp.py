@@ -14,7 +14,7 @@ from torch import nn
 from linearize.inits.base import Identity, Init
 from linearize.mixers.base import HeadShape
 from linearize.mixers.parts.base import PartConfig
-from linearize.mixers.parts.feature_maps.base import FeatureMap
+from linearize.mixers.parts.feature_maps.base import FeatureMap, projected
 from linearize.ops.layout import working_dtype
 
 
@@ -40,7 +40,7 @@ class SafeExp(FeatureMap):
         return {"weight": Identity()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = torch.einsum("bthd,hdf->bthf", x.to(self.weight.dtype), self.weight)
+        z = projected(x, self.weight)
         z = z.to(working_dtype(z))
         # exp of a standard normal has variance e (e - 1), which the factor brings to e^2 / F; the maximum then divides
         # all features of a token by one number.

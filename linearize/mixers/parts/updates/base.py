@@ -161,5 +161,5 @@ class WriteStrength(HeadGate):
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x [..., D] at length 1."""
-    wide = x.to(working_dtype(x))
-    return wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    wide, size = x.to(working_dtype(x)), x.shape[-1]
+    return F.rms_norm(wide, (size,), wide.new_full((size,), size**-0.5), 1e-6 / size)
