@@ -22,9 +22,10 @@ def _remembered(function: Callable[[torch.Tensor], Pair]) -> Callable[[torch.Ten
         nonlocal last
         if torch.compiler.is_compiling() or documents.is_inference():  # the latter counts no changes
             return function(documents)
-        if last is None or last[0] is not documents or last[1] != documents._version:
-            last = documents, documents._version, function(documents)
-        return last[2]
+        kept = last  # which another thread may replace
+        if kept is None or kept[0] is not documents or kept[1] != documents._version:
+            last = kept = documents, documents._version, function(documents)
+        return kept[2]
 
     return remembering
 

@@ -1,0 +1,116 @@
+"""How sure the model is of its predictions, against how often they come true, and what the loss owes to that.
+
+Temperature scaling (Guo et al. 2017, arXiv:1706.04599): all logits divided by one number T, and the loss where that is
+lowest. A model that is too sure of itself has its lowest loss at a T above 1. A student whose loss is below its
+teacher's may predict no better and only be less sure; what is left of the difference when each has the temperature that
+suits it best is not of that kind. Their expected calibration error (equation 3), of the likeliest token in 15 bins of
+confidence, is 0 where predictions with a probability of p are right in a share p of the cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveInt
+
+from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
+from linearize.evals.text import LOGIT_BUDGET
+from linearize.evals.views import Lines, Table, View
+from linearize.schema import Count
+
+TEMPERATURES = tuple(round(2 ** (step / 20), 4) for step in range(-20, 31))
+"""0.5 to 2.83, each 3.5% above the one before; 1 is among them."""
+BINS = 15
+
+
+class CalibrationConfig(ProbeConfig):
+    """Settings."""
+
+    length: Count | None = Field(None, gt=1, description="Tokens per window. Default: the training length.")
+    windows: PositiveInt = Field(16, description="Windows of text, evenly spaced over it.")
+
+
+class Calibration(Probe):
+    """Loss by temperature, the best of them, and the expected calibration error of the model as it is."""
+
+    Config = CalibrationConfig
+
+    def rows(self, seq_len: int) -> Rows:
+        """The windows."""
+        return [(self.config.windows, self.config.length or seq_len)]
+
+    def run(self, subject: Subject) -> dict[str, Any]:
+        """`{"length", "windows", "loss", "temperature", "calibrated", "error", "curve": [{"temperature", "loss"}],
+        "notes"}`: nats per token as the model is and at the best temperature, that temperature, and the expected
+        calibration error, a share.
+        """
+        length, notes = subject.fitting(self.config.length or subject.seq_len)
+        losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+        bins = torch.zeros(3, BINS, dtype=torch.float64)  # predictions, their confidence and the right ones, summed
+        windows = 0
+        for ids in subject.batches(length, self.config.windows):
+            logits = subject.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # [N, V]
+            targets = ids[:, 1:].flatten()
+            step = max(1, LOGIT_BUDGET // logits.shape[-1])
+            for piece, target in zip(logits.split(step), targets.split(step), strict=True):
+                scores = piece.float()
+                losses += _losses(scores, target)
+                bins += _bins(scores, target)
+            windows += len(ids)
+        losses /= windows * (length - 1)
+        best = int(losses.argmin())
+        error = (bins[1] - bins[2]).abs().sum() / bins[0].sum()
+        found = {"loss": losses[TEMPERATURES.index(1.0)], "calibrated": losses[best], "error": error}
+        notes += self._at_the_end(best)
+        return {
+            "length": length,
+            "windows": windows,
+            "temperature": TEMPERATURES[best],
+            **{key: float(value) for key, value in found.items()},
+            "curve": [{"temperature": t, "loss": float(x)} for t, x in zip(TEMPERATURES, losses, strict=True)],
+            "notes": notes,
+        }
+
+    def _at_the_end(self, best: int) -> list[str]:
+        if 0 < best < len(TEMPERATURES) - 1:
+            return []
+        return [f"the loss is lowest at a temperature of {TEMPERATURES[best]:g}, the last that was tried"]
+
+    @classmethod
+    def views(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
+        """The numbers, and the loss over the temperature."""
+        return [
+            *cls.summary(results),
+            Lines(
+                "Loss by temperature",
+                "Logits divided by the temperature. Lowest above 1: too sure of itself.",
+                x_label="temperature",
+                y_label="nats per token",
+                series={name: [(p["temperature"], p["loss"]) for p in r["curve"]] for name, r in results.items()},
+            ),
+        ]
+
+    @classmethod
+    def summary(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
+        """The numbers."""
+        columns = ["", "loss", "best temperature", "loss there", "calibration error"]
+        keys = ("loss", "temperature", "calibrated", "error")
+        note = "A lower loss there than the teacher's is more than less confidence."
+        rows = [[name, *(found[key] for key in keys)] for name, found in results.items()]
+        return [Table("Calibration", note, columns=columns, rows=rows)]
+
+
+def _losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Loss at each of `TEMPERATURES`, summed, [n] float64; scores [N, V], targets [N]."""
+    found = scores.gather(-1, targets[:, None]).squeeze(-1)
+    return torch.stack([((scores / t).logsumexp(-1) - found / t).double().sum() for t in TEMPERATURES]).cpu()
+
+
+def _bins(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Number of predictions, their confidence and the right ones by bin of confidence, summed: [3, BINS] float64."""
+    confidence, likeliest = scores.softmax(-1).max(-1)
+    place = (confidence * BINS).long().clamp(max=BINS - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, (likeliest == targets).float()]).double()
+    return torch.zeros(3, BINS, dtype=torch.float64, device=scores.device).index_add_(1, place, values).cpu()

@@ -1,0 +1,73 @@
+"""The probe calibration against its formulas written out, and on predictions whose temperature is known."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from evals.probes.subjects import run_probe, windows
+
+from linearize.evals.probes.calibration import TEMPERATURES
+
+PROBE = {"type": "calibration", "length": 100, "windows": 3}
+
+
+class Fair(torch.nn.Module):
+    """Predicts that the next token is the same with a probability of 3/4 and the next number with the rest, which is
+    how often that comes true in `text`."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    text = (torch.arange(4001) // 4) % 16  # each number four times
+
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        same = F.one_hot(input_ids, 16).double()
+        return SimpleNamespace(logits=(0.75 * same + 0.25 * same.roll(1, -1)).clamp_min(1e-30).log() * self.factor)
+
+
+def test_numbers_equal_their_formulas(converted: Callable[..., Any]) -> None:
+    model = converted("gdn", "LSL").eval()
+    found = run_probe(PROBE, model)
+    rows = windows(100, 3)
+    with torch.no_grad():
+        logits = model(input_ids=rows).logits.double()[:, :-1].flatten(0, 1)
+    targets = rows[:, 1:].flatten()
+    losses = [float(F.cross_entropy(logits / t, targets)) for t in TEMPERATURES]
+    assert [p["loss"] for p in found["curve"]] == pytest.approx(losses, rel=1e-5)
+    assert [p["temperature"] for p in found["curve"]] == list(TEMPERATURES)
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-5)
+    assert found["calibrated"] == pytest.approx(min(losses), rel=1e-5)
+    confidence, likeliest = logits.softmax(-1).max(-1)
+    error = 0.0
+    for i in range(15):
+        inside = (confidence >= i / 15) & (confidence < (i + 1) / 15)
+        if inside.any():
+            right = (likeliest == targets)[inside].double()
+            error += float(inside.double().mean() * (right.mean() - confidence[inside].mean()).abs())
+    assert found["error"] == pytest.approx(error, abs=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_the_temperature_of_true_probabilities_is_found(factor: float) -> None:
+    model = Fair(factor)
+    found = run_probe(
+        {"type": "calibration", "length": 401, "windows": 9}, model, text=Fair.text, teacher=None, seq_len=400
+    )
+    assert found["temperature"] == pytest.approx(factor)
+    assert found["calibrated"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=2e-3)
+    share = 0.75**factor / (0.75**factor + 0.25**factor)
+    assert found["error"] == pytest.approx(abs(share - 0.75), abs=2e-3)
+
+
+def test_a_best_temperature_at_the_end_of_what_was_tried_is_told() -> None:
+    how: dict[str, Any] = {"text": Fair.text, "teacher": None, "seq_len": 400}
+    found = run_probe("calibration", Fair(8.0), **how)
+    assert found["notes"] == [f"the loss is lowest at a temperature of {TEMPERATURES[-1]:g}, the last that was tried"]
+    assert run_probe("calibration", Fair(), **how)["notes"] == []
