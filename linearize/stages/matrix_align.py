@@ -38,7 +38,7 @@ class MatrixAlignConfig(ForcedConfig):
         "frobenius", description="Norm of the difference of the matrices, mean over heads and sequences."
     )
     columns: int = Field(
-        128, gt=0, description="Columns of the student's matrices in memory at once; changes memory and speed only."
+        512, gt=0, description="Columns of the student's matrices in memory at once; changes memory and speed only."
     )
 
 

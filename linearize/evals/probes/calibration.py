@@ -16,13 +16,14 @@ import torch
 from pydantic import Field, PositiveInt
 
 from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
-from linearize.evals.text import LOGIT_BUDGET
 from linearize.evals.views import Lines, Table, View
 from linearize.schema import Count
 
-TEMPERATURES = tuple(round(2 ** (step / 20), 4) for step in range(-20, 31))
-"""0.5 to 2.83, each 3.5% above the one before; 1 is among them."""
+TEMPERATURES = tuple(2 ** (step / 10) for step in range(-10, 16))
+"""0.5 to 2.83, each 7% above the one before; 1 is among them."""
 BINS = 15
+PIECE = 2**20
+"""Float32 logits that are looked at together: as many as caches hold, for each is read once a temperature."""
 
 
 class CalibrationConfig(ProbeConfig):
@@ -53,30 +54,30 @@ class Calibration(Probe):
         for ids in subject.batches(length, self.config.windows):
             logits = subject.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # [N, V]
             targets = ids[:, 1:].flatten()
-            step = max(1, LOGIT_BUDGET // logits.shape[-1])
+            step = max(1, PIECE // logits.shape[-1])
             for piece, target in zip(logits.split(step), targets.split(step), strict=True):
                 scores = piece.float()
                 losses += _losses(scores, target)
                 bins += _bins(scores, target)
             windows += len(ids)
         losses /= windows * (length - 1)
-        best = int(losses.argmin())
+        temperature, calibrated = _lowest(losses.tolist())
         error = (bins[1] - bins[2]).abs().sum() / bins[0].sum()
-        found = {"loss": losses[TEMPERATURES.index(1.0)], "calibrated": losses[best], "error": error}
-        notes += self._at_the_end(best)
+        found: dict[str, Any] = {"loss": losses[TEMPERATURES.index(1.0)], "calibrated": calibrated, "error": error}
+        notes += self._at_the_end(temperature)
         return {
             "length": length,
             "windows": windows,
-            "temperature": TEMPERATURES[best],
+            "temperature": temperature,
             **{key: float(value) for key, value in found.items()},
             "curve": [{"temperature": t, "loss": float(x)} for t, x in zip(TEMPERATURES, losses, strict=True)],
             "notes": notes,
         }
 
-    def _at_the_end(self, best: int) -> list[str]:
-        if 0 < best < len(TEMPERATURES) - 1:
+    def _at_the_end(self, temperature: float) -> list[str]:
+        if TEMPERATURES[0] < temperature < TEMPERATURES[-1]:
             return []
-        return [f"the loss is lowest at a temperature of {TEMPERATURES[best]:g}, the last that was tried"]
+        return [f"the loss is lowest at a temperature of {temperature:.3g}, the last that was tried"]
 
     @classmethod
     def views(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
@@ -104,8 +105,21 @@ class Calibration(Probe):
 
 def _losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Loss at each of `TEMPERATURES`, summed, [n] float64; scores [N, V], targets [N]."""
-    found = scores.gather(-1, targets[:, None]).squeeze(-1)
-    return torch.stack([((scores / t).logsumexp(-1) - found / t).double().sum() for t in TEMPERATURES]).cpu()
+    below = scores - scores.amax(-1, keepdim=True)
+    found, scaled = below.gather(-1, targets[:, None]).squeeze(-1), torch.empty_like(below)
+    losses = [torch.mul(below, 1 / t, out=scaled).exp_().sum(-1).log() - found / t for t in TEMPERATURES]
+    return torch.stack([loss.double().sum() for loss in losses]).cpu()
+
+
+def _lowest(losses: list[float]) -> tuple[float, float]:
+    """The best temperature and the loss there, by a parabola over the logarithm of the three that are best."""
+    i = min(range(len(losses)), key=losses.__getitem__)
+    if not 0 < i < len(losses) - 1:
+        return TEMPERATURES[i], losses[i]
+    before, here, after = losses[i - 1 : i + 2]
+    slope, bend = (after - before) / 2, before - 2 * here + after
+    move = -slope / bend if bend > 0 else 0.0  # in steps from the best one
+    return TEMPERATURES[i] * 2 ** (move / 10), here + slope * move / 2
 
 
 def _bins(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

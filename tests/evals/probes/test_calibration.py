@@ -43,7 +43,8 @@ def test_numbers_equal_their_formulas(converted: Callable[..., Any]) -> None:
     assert [p["loss"] for p in found["curve"]] == pytest.approx(losses, rel=1e-5)
     assert [p["temperature"] for p in found["curve"]] == list(TEMPERATURES)
     assert found["loss"] == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-5)
-    assert found["calibrated"] == pytest.approx(min(losses), rel=1e-5)
+    fine = [float(F.cross_entropy(logits / 2 ** (step / 100), targets)) for step in range(-100, 151)]
+    assert found["calibrated"] == pytest.approx(min(fine), rel=1e-5)
     confidence, likeliest = logits.softmax(-1).max(-1)
     error = 0.0
     for i in range(15):
@@ -54,13 +55,13 @@ def test_numbers_equal_their_formulas(converted: Callable[..., Any]) -> None:
     assert found["error"] == pytest.approx(error, abs=1e-6)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.23, 2.0])
 def test_the_temperature_of_true_probabilities_is_found(factor: float) -> None:
     model = Fair(factor)
     found = run_probe(
         {"type": "calibration", "length": 401, "windows": 9}, model, text=Fair.text, teacher=None, seq_len=400
     )
-    assert found["temperature"] == pytest.approx(factor)
+    assert found["temperature"] == pytest.approx(factor, rel=5e-3)
     assert found["calibrated"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=2e-3)
     share = 0.75**factor / (0.75**factor + 0.25**factor)
     assert found["error"] == pytest.approx(abs(share - 0.75), abs=2e-3)
@@ -69,5 +70,5 @@ def test_the_temperature_of_true_probabilities_is_found(factor: float) -> None:
 def test_a_best_temperature_at_the_end_of_what_was_tried_is_told() -> None:
     how: dict[str, Any] = {"text": Fair.text, "teacher": None, "seq_len": 400}
     found = run_probe("calibration", Fair(8.0), **how)
-    assert found["notes"] == [f"the loss is lowest at a temperature of {TEMPERATURES[-1]:g}, the last that was tried"]
+    assert found["notes"] == [f"the loss is lowest at a temperature of {TEMPERATURES[-1]:.3g}, the last that was tried"]
     assert run_probe("calibration", Fair(), **how)["notes"] == []
