@@ -24,7 +24,7 @@ def causal_conv(
 
     x `[B, T, ...]`, weight `[..., size]` with the current token's tap last; mask `[B, T]` bool, real tokens first in
     each row; documents `[B, T]` int, non-decreasing; state as returned.
-    backend: a fla kernel runs rows that start here, never those that go on from a state.
+    backend: a fla kernel runs up to 8 taps on rows that start here; what has more or goes on from a state, torch.
     Returns y `[B, T, ...]` and the state `[B, size - 1, ...]`, the last tokens of the row (of its last document).
     Raises ValueError for documents with a state, or a backend that cannot be met.
     """
@@ -34,8 +34,7 @@ def causal_conv(
     x = zero_padding(x, mask)
     ring = x.new_zeros(x.shape[0], size - 1, *x.shape[2:]) if state is None else state.to(x.dtype)
     filled = None if documents is None else fill_padding(documents, mask)
-    many = f"more than {KERNEL_TAPS} taps run in torch, and these are {size}" if size > KERNEL_TAPS else ""
-    if state is None and choose("causal_conv", backend, x, many) == "fla":
+    if state is None and size <= KERNEL_TAPS and choose("causal_conv", backend, x) == "fla":
         y = _kernel(x, weight, filled)
     else:
         y = _by_taps(x, weight, torch.cat([ring, x], dim=1), filled)

@@ -8,19 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def _remembered(function: Callable[[torch.Tensor], Pair]) -> Callable[[torch.Tensor], Pair]:
-    """`function` of documents with its last answer kept, for all layers ask about the same tensor."""
+    """`function` of documents with its last answer kept, for all layers ask about the same tensor.
+
+    An edit in place is noticed, one through `.data` or numpy is not. Nothing is kept where operations are recorded to
+    be run again with other values, nor of inference tensors, which count no edits and cannot be saved for a backward.
+    """
     last: tuple[torch.Tensor, int, Pair] | None = None
 
     @functools.wraps(function)
     def remembering(documents: torch.Tensor) -> Pair:
         nonlocal last
-        if torch.compiler.is_compiling() or documents.is_inference():  # the latter counts no changes
+        if _recorded() or documents.is_inference() or torch.is_inference_mode_enabled():
             return function(documents)
         kept = last  # which another thread may replace
         if kept is None or kept[0] is not documents or kept[1] != documents._version:
@@ -28,6 +33,13 @@ def _remembered(function: Callable[[torch.Tensor], Pair]) -> Callable[[torch.Ten
         return kept[2]
 
     return remembering
+
+
+def _recorded() -> bool:
+    """Whether operations are compiled, traced or captured."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def fill_padding(documents: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

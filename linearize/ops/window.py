@@ -229,9 +229,9 @@ def window_attention(
     start here). Sinks: Xiao et al. 2023, arXiv 2309.17453.
 
     Returns (out, lse, state), or (out, lse, max, state) with return_max. out `[B, T, Hq, V]` is in v's dtype,
-    0 at padding; lse and max `[B, T, Hq]`, the logsumexp and the largest of a row's scores, are
-    float32 (float64 for float64 inputs), differentiable and finite. Scores are computed in that precision
-    too. With documents the state is that of the row's last document.
+    0 at padding; lse and max `[B, T, Hq]`, the logsumexp and the largest of a row's scores, are float32 (float64 for
+    float64 inputs), differentiable and finite; where several scores are the largest, the gradient of max is that of one
+    of them. Scores are computed in that precision too. With documents the state is that of the row's last document.
     Raises ValueError for shapes that do not fit, documents with a state, a state of other sizes, or a softcap that is
     not positive.
     """

@@ -108,7 +108,8 @@ def test_packed_documents_have_the_losses_they_have_alone(converted: Any, family
     for row, found in zip(documents(), logits.split(LENGTHS), strict=True):
         ids = torch.tensor([row["input_ids"]])
         alone = model(ids, labels=ids).loss
-        torch.testing.assert_close(torch.nn.functional.cross_entropy(found[:-1], ids[0, 1:]), alone)
+        # 2e-5: a norm of very little makes much of its rounding; in float64, which experts have not, they are equal.
+        torch.testing.assert_close(torch.nn.functional.cross_entropy(found[:-1], ids[0, 1:]), alone, rtol=2e-5, atol=0)
 
 
 @every_mixer

@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         pieces = (F.pad(piece.mT, (pad, 0)) for piece in x.split(sizes, 1))
         return torch.cat([F.conv1d(piece, filters, groups=channels).mT for piece in pieces], 1), None
 
-    monkeypatch.setattr(conv, "choose", lambda op, wish, x, obstacle: "torch" if obstacle else "fla")
+    monkeypatch.setattr(conv, "choose", lambda op, wish, x: "fla")
     monkeypatch.setattr(conv, "fla_function", lambda op, module, name: causal_conv1d)
     return made
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from op_cases import document_rows
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from linearize.ops.documents import cumulative_lengths, positions, repack, unpack
 
@@ -72,3 +73,19 @@ def test_documents_are_read_once_for_all_layers_and_again_where_they_change(func
     for changed in (function(documents), function(document_rows([[1, 5]]))):
         assert all(a.tolist() == b.tolist() for a, b in zip(changed, function(document_rows([[1, 5]])), strict=True))
     assert function(documents)[0].tolist() != first[0].tolist()
+
+
+def test_a_recorded_program_reads_the_documents_that_it_is_given():
+    """make_fx records operations, and what was remembered of the tensor it is shown has none."""
+    shown, other = document_rows([[2, 3, 1]]), document_rows([[1, 4, 1]])
+    positions(shown)
+    recorded = make_fx(positions, tracing_mode="real")(shown)
+    assert [x.tolist() for x in recorded(other)] == [x.tolist() for x in positions(other)]
+
+
+@pytest.mark.parametrize("function", [positions, cumulative_lengths])
+def test_what_was_read_in_inference_mode_is_not_kept(function):
+    documents = document_rows([[2, 3, 1]])
+    with torch.inference_mode():
+        assert function(documents)[0].is_inference()
+    assert not function(documents)[0].is_inference()

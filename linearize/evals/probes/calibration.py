@@ -3,19 +3,21 @@
 Temperature scaling (Guo et al. 2017, arXiv:1706.04599): all logits divided by one number T, and the loss where that is
 lowest. A model that is too sure of itself has its lowest loss at a T above 1. A student whose loss is below its
 teacher's may predict no better and only be less sure; what is left of the difference when each has the temperature that
-suits it best is not of that kind. Their expected calibration error (equation 3), of the likeliest token in 15 bins of
-confidence, is 0 where predictions with a probability of p are right in a share p of the cases.
+suits it best is not of that kind. The temperature is fitted on the windows that are scored. The expected calibration
+error (equation 3), of the likeliest token in 15 bins of confidence, is 0 where predictions with a probability of p are
+right in a share p of the cases.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from pydantic import Field, PositiveInt
 
-from linearize.evals.probes.base import Probe, ProbeConfig, Rows, Subject
+from linearize.evals.probes.base import DoesNotFit, Probe, ProbeConfig, Rows, Subject
 from linearize.evals.views import Lines, Table, View
 from linearize.schema import Count
 
@@ -46,19 +48,27 @@ class Calibration(Probe):
         """`{"length", "windows", "loss", "temperature", "calibrated", "error", "curve": [{"temperature", "loss"}],
         "notes"}`: nats per token as the model is and at the best temperature, that temperature, and the expected
         calibration error, a share.
+
+        Raises:
+            DoesNotFit: when the windows have no token to predict.
         """
         length, notes = subject.fitting(self.config.length or subject.seq_len)
+        if length < 2:
+            raise DoesNotFit(
+                f"calibration predicts tokens from those before, and its windows have {length}; give a longer text or "
+                "length, or leave the probe out"
+            )
         losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
         bins = torch.zeros(3, BINS, dtype=torch.float64)  # predictions, their confidence and the right ones, summed
         windows = 0
         for ids in subject.batches(length, self.config.windows):
-            logits = subject.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)  # [N, V]
-            targets = ids[:, 1:].flatten()
-            step = max(1, PIECE // logits.shape[-1])
-            for piece, target in zip(logits.split(step), targets.split(step), strict=True):
-                scores = piece.float()
-                losses += _losses(scores, target)
-                bins += _bins(scores, target)
+            logits = subject.model(input_ids=ids, use_cache=False).logits  # [B, T, V]
+            step = max(1, PIECE // (len(ids) * logits.shape[-1]))
+            for i in range(0, length - 1, step):
+                scores = logits[:, i : min(i + step, length - 1)].float().flatten(0, 1)
+                targets = ids[:, i + 1 : i + 1 + step].flatten()
+                losses += _losses(scores, targets)
+                bins += _bins(scores, targets)
             windows += len(ids)
         losses /= windows * (length - 1)
         temperature, calibrated = _lowest(losses.tolist())
@@ -75,7 +85,7 @@ class Calibration(Probe):
         }
 
     def _at_the_end(self, temperature: float) -> list[str]:
-        if TEMPERATURES[0] < temperature < TEMPERATURES[-1]:
+        if not math.isfinite(temperature) or TEMPERATURES[0] < temperature < TEMPERATURES[-1]:
             return []
         return [f"the loss is lowest at a temperature of {temperature:.3g}, the last that was tried"]
 
@@ -89,7 +99,10 @@ class Calibration(Probe):
                 "Logits divided by the temperature. Lowest above 1: too sure of itself.",
                 x_label="temperature",
                 y_label="nats per token",
-                series={name: [(p["temperature"], p["loss"]) for p in r["curve"]] for name, r in results.items()},
+                series={
+                    name: [(p["temperature"], p["loss"]) for p in found["curve"] if p["loss"] is not None]
+                    for name, found in results.items()
+                },
             ),
         ]
 
@@ -112,7 +125,11 @@ def _losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _lowest(losses: list[float]) -> tuple[float, float]:
-    """The best temperature and the loss there, by a parabola over the logarithm of the three that are best."""
+    """The best temperature and the loss there, by a parabola over the logarithm of the three that are best; NaN where
+    losses are not finite.
+    """
+    if not all(map(math.isfinite, losses)):
+        return math.nan, math.nan
     i = min(range(len(losses)), key=losses.__getitem__)
     if not 0 < i < len(losses) - 1:
         return TEMPERATURES[i], losses[i]
@@ -125,6 +142,6 @@ def _lowest(losses: list[float]) -> tuple[float, float]:
 def _bins(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Number of predictions, their confidence and the right ones by bin of confidence, summed: [3, BINS] float64."""
     confidence, likeliest = scores.softmax(-1).max(-1)
-    place = (confidence * BINS).long().clamp(max=BINS - 1)
+    place = (confidence.nan_to_num(0) * BINS).long().clamp(max=BINS - 1)  # what is NaN stays so in the sums
     values = torch.stack([torch.ones_like(confidence), confidence, (likeliest == targets).float()]).double()
     return torch.zeros(3, BINS, dtype=torch.float64, device=scores.device).index_add_(1, place, values).cpu()

@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from evals.probes.subjects import run_probe, windows
+from evals.probes.subjects import TEXT, run_probe, windows
 
-from linearize.evals.probes.calibration import TEMPERATURES
+from linearize.evals.config import EvalConfig
+from linearize.evals.finite import nulled
+from linearize.evals.measure import measure
+from linearize.evals.probes.base import DoesNotFit
+from linearize.evals.probes.calibration import TEMPERATURES, Calibration
+from linearize.evals.views import Lines
 
+FIVE = torch.tensor([5])
 PROBE = {"type": "calibration", "length": 100, "windows": 3}
 
 
@@ -72,3 +78,33 @@ def test_a_best_temperature_at_the_end_of_what_was_tried_is_told() -> None:
     found = run_probe("calibration", Fair(8.0), **how)
     assert found["notes"] == [f"the loss is lowest at a temperature of {TEMPERATURES[-1]:.3g}, the last that was tried"]
     assert run_probe("calibration", Fair(), **how)["notes"] == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_model_has_no_result_and_stops_nothing(
+    value: float, converted: Callable[..., Any], pico_tokenizer: Any
+) -> None:
+    model = converted("gdn", "LSL").eval()
+    model.lm_head.weight.data[:] = value
+    config = EvalConfig(lengths=[100], windows=3, recall=False, branches=False, divergence=False, probes=[PROBE])
+    found = measure(model, pico_tokenizer, config, token_ids=TEXT, seq_len=50, has_teacher=False)
+    assert [entry["result"] for entry in found.probes] == [None]
+    assert any("NaN or infinite" in note for note in found.notes)
+
+
+def test_tokens_that_are_never_predicted_leave_no_temperature() -> None:
+    """A loss that is infinite at every temperature has no lowest one."""
+
+    class WithoutFive(Fair):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(logits=super().forward(input_ids, use_cache).logits.index_fill(-1, FIVE, -math.inf))
+
+    found = run_probe("calibration", WithoutFive(), text=Fair.text, teacher=None, seq_len=400)
+    assert math.isnan(found["temperature"]) and math.isinf(found["loss"]) and found["notes"] == []
+    shown = Calibration.views({"model": nulled(found)})[-1]
+    assert isinstance(shown, Lines) and shown.series == {"model": []}
+
+
+def test_windows_without_a_token_to_predict_are_told() -> None:
+    with pytest.raises(DoesNotFit, match="its windows have 1; give a longer text or length, or leave the probe out"):
+        run_probe("calibration", Fair(), text=Fair.text[:1], teacher=None)
