@@ -72,22 +72,18 @@ class Calibration(Probe):
             windows += len(ids)
         losses /= windows * (length - 1)
         temperature, calibrated = _lowest(losses.tolist())
-        error = (bins[1] - bins[2]).abs().sum() / bins[0].sum()
-        found: dict[str, Any] = {"loss": losses[TEMPERATURES.index(1.0)], "calibrated": calibrated, "error": error}
-        notes += self._at_the_end(temperature)
+        if temperature in (TEMPERATURES[0], TEMPERATURES[-1]):
+            notes.append(f"the loss is lowest at a temperature of {temperature:.3g}, the last that was tried")
         return {
             "length": length,
             "windows": windows,
+            "loss": float(losses[TEMPERATURES.index(1.0)]),
             "temperature": temperature,
-            **{key: float(value) for key, value in found.items()},
+            "calibrated": calibrated,
+            "error": float((bins[1] - bins[2]).abs().sum() / bins[0].sum()),
             "curve": [{"temperature": t, "loss": float(x)} for t, x in zip(TEMPERATURES, losses, strict=True)],
             "notes": notes,
         }
-
-    def _at_the_end(self, temperature: float) -> list[str]:
-        if not math.isfinite(temperature) or TEMPERATURES[0] < temperature < TEMPERATURES[-1]:
-            return []
-        return [f"the loss is lowest at a temperature of {temperature:.3g}, the last that was tried"]
 
     @classmethod
     def views(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
