@@ -222,13 +222,16 @@ def choose_layers(layers: str | list[int], depth: int) -> set[int]:
         depth: layers of the model.
 
     Raises:
-        UserError: when it does not fit the depth or chooses nothing.
+        UserError: when it does not fit the depth, chooses nothing, or names a layer twice.
     """
     if isinstance(layers, list):
         outside = [i for i in layers if not 0 <= i < depth]
         if outside:
             raise UserError(f"layers: {outside} not in this model; it has layers 0 to {depth - 1}")
         chosen = set(layers)
+        if len(chosen) < len(layers):
+            repeated = sorted({i for i in layers if layers.count(i) > 1})
+            raise UserError(f"layers: {repeated} more than once in {layers}; name each layer to swap once")
     elif layers == "all":
         chosen = set(range(depth))
     else:

@@ -63,6 +63,7 @@ def test_layers_are_chosen_by_pattern_and_number(layers: Any, depth: int, chosen
         ("SS", "layers: 'SS' swaps no layer; put an L in the pattern"),
         ([], r"layers: \[\] swaps no layer"),
         ([0, 8, -1], r"layers: \[8, -1\] not in this model; it has layers 0 to 7"),
+        ([3, 0, 3], r"layers: \[3\] more than once in \[3, 0, 3\]; name each layer to swap once"),
         ("LX", "layers: 'LX' is neither 'all' nor a pattern of L"),
         ("", "layers: '' is neither"),
     ],

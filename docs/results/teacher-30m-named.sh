@@ -1,13 +1,14 @@
 # Every named recipe on the 31M teacher: TEACHER, TRAIN and DEV name its folder and the two text files. TOKENS is the budget
 # of each in millions (10); RECIPES some of them instead of all; ITEMS the questions a case (64), FACTS=yes asks as many as
 # teacher-30m-auto-64.yaml does with the facts anywhere; RATES=twice doubles the rates of stages that train everything,
-# RATES=four doubles them again: name recipes that have such stages.
+# RATES=four and RATES=eight double them again: name recipes that have such stages.
 TOKENS=${TOKENS:-10}
 case "$RATES" in
     "") times=1 ;;
     twice) times=2 ;;
     four) times=4 ;;
-    *) echo "RATES is twice, four or unset, got $RATES" >&2; exit 1 ;;
+    eight) times=8 ;;
+    *) echo "RATES is twice, four, eight or unset, got $RATES" >&2; exit 1 ;;
 esac
 [ -n "$FACTS" ] && probes=", probes: [{type: facts, facts: [1], lengths: [250, 1850], items: 200}, {type: facts, facts: [4], \
 lengths: [1800], items: 200}, {type: facts, facts: [8], lengths: [1670], items: 200}]"
@@ -21,9 +22,9 @@ named() {
     linearize convert --model "$TEACHER" --recipe default/$name model.dtype=float32 "$data" "$evaluation" \
         'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" -o runs/named${RATES:+-$RATES}/$name
 }
-# The rates of stages that train everything are auto's first ones, twice those, which it has now, or four times: the papers'
-# are for a hundred times as many parameters.
-all=$((3 * times))e-4 mixers=${times}e-3 last=${times}e-4
+# The rates of stages that train everything are auto's first ones, twice those, which it has now, or four or eight times:
+# the papers' are for a hundred times as many parameters.
+all=$((3 * times)).0e-4 mixers=${times}.0e-3 last=${times}.0e-4
 kl() { echo "stages.$1.lr=$all"; }
 mixer="lrs={mixer: $mixers}"
 short="stages.0.batch_size=32 stages.1.batch_size=32 stages.1.schedule=cosine"
