@@ -98,7 +98,8 @@ class Recipe(Strict):
     @field_validator("layers", mode="before")
     @classmethod
     def _one_of_four(cls, value: Any) -> Any:
-        if not isinstance(value, str | list | dict):
+        numbers = not isinstance(value, list) or all(isinstance(i, int) for i in value)
+        if not isinstance(value, str | list | dict) or not numbers:
             raise ValueError(
                 f"must be all, a pattern such as LLLS, numbers of layers, or {{type: window_ablation}}, got {value!r}"
             )

@@ -52,6 +52,7 @@ def mistake(path: Path, *overrides: str) -> str:
             "layers=",
             "layers: must be all, a pattern such as LLLS, numbers of layers, or {type: window_ablation}, got None",
         ),
+        ("layers=[0, 1.5]", "layers: must be all, a pattern such as LLLS, numbers of layers, or"),
         ("mixer.windw=3", "unknown key 'mixer.windw'; did you mean 'window'?"),
         ("mixer.feature_map.dimm=3", "unknown key 'mixer.feature_map.dimm'"),
         ("stages.0.tokns=3", "unknown key 'stages.0.tokns'; did you mean 'tokens'?"),

@@ -92,7 +92,7 @@ class Selector:
         if wanted >= depth or wanted > len(found):
             raise UserError(
                 f"layers.keep: {self.config.keep:g} would keep {wanted} layers, of {depth} that the model has and "
-                f"{len(found)} that {self.config.type} may keep; keep fewer"
+                f"{len(found)} that {self.config.type} may keep; keep at most {min(depth - 1, len(found))}"
             )
 
     def provisional(self, config: Any) -> list[int]:
