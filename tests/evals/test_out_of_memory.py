@@ -1,4 +1,4 @@
-"""Batches of tasks where memory runs out: on a GPU of which little is to be had, and what counts as running out."""
+"""Batches of tasks where memory runs out: on a GPU whose memory is taken, and what counts as running out."""
 
 from __future__ import annotations
 
@@ -37,15 +37,17 @@ def test_what_a_smaller_batch_could_avoid(error: Exception, expected: bool) -> N
 
 
 @contextmanager
-def at_most(free: int) -> Iterator[None]:
-    """Inside the context this process gets `free` bytes of the GPU beyond what it holds; others are not touched."""
+def ballast(leave: int) -> Iterator[None]:
+    """Inside the context at most `leave` bytes of the GPU's memory are free."""
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties().total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + free) / total)
+    free, _ = torch.cuda.mem_get_info()
+    if free <= leave:
+        pytest.skip("others hold the GPU's memory already")
+    held = torch.empty(free - leave, dtype=torch.uint8, device="cuda")
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        del held
         torch.cuda.empty_cache()
 
 
@@ -72,7 +74,7 @@ def test_batches_shrink_to_what_a_full_gpu_has(teacher: tuple[Any, Any]) -> None
     expected = answers(in_memory(*teacher, 4), requests)
     lm = in_memory(*teacher, "auto")
     lm.tokens = max(lm.tokens, 2**17)  # as on a large GPU: the first batch takes all rows, whose logits are 2 GiB
-    with at_most(free=2**30):
+    with ballast(leave=2**30):
         before = torch.cuda.memory_allocated()
         assert answers(lm, requests) == pytest.approx(expected, abs=1e-2)
         assert torch.cuda.memory_allocated() < before + 2**26, "nothing of the failed batches is held"
@@ -89,5 +91,5 @@ def test_a_gpu_that_holds_not_even_one_row(teacher: tuple[Any, Any], batch_size:
     requests = questions(16, 1500)
     lm = in_memory(*teacher, batch_size)
     answers(lm, questions(8, 8))  # so that kernels and workspaces are there
-    with at_most(free=2**22), pytest.raises(UserError, match=message):
+    with ballast(leave=2**22), pytest.raises(UserError, match=message):
         answers(lm, requests)
