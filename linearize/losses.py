@@ -53,7 +53,12 @@ def next_token(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def divergence(
-    student: torch.Tensor, teacher: torch.Tensor, kind: str, temperature: float = 1.0, top_k: int | None = None
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: str,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    teacher_temperature: float = 1.0,
 ) -> torch.Tensor:
     """Divergence of two distributions over the vocabulary, summed over rows and times temperature squared.
 
@@ -62,10 +67,13 @@ def divergence(
         kind: forward, KL(teacher || student); reverse; or jensen_shannon, the mean of the KL from each to their mean.
         temperature: divides the logits; its square keeps the size of gradients (Hinton et al. 2015, section 2).
         top_k: the teacher's likeliest tokens; all others count as one outcome, whose probability is what is left.
+        teacher_temperature: divides the teacher's logits, and its alone (temperature scaling, Guo et al. 2017,
+            arXiv:1706.04599).
     """
+    of_teacher = temperature * teacher_temperature
     if top_k is not None and top_k < teacher.shape[-1]:
-        return coarse_divergence(student, *likeliest(teacher, top_k, temperature), kind, temperature)
-    log_s, log_t = (_log_softmax(x, temperature) for x in (student, teacher))
+        return coarse_divergence(student, *likeliest(teacher, top_k, of_teacher), kind, temperature)
+    log_s, log_t = _log_softmax(student, temperature), _log_softmax(teacher, of_teacher)
     return _divergence(log_s, log_t, kind) * temperature**2
 
 

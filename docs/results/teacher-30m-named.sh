@@ -1,7 +1,8 @@
 # Every named recipe on the 31M teacher: TEACHER, TRAIN and DEV name its folder and the two text files. TOKENS is the budget
 # of each in millions (10); RECIPES some of them instead of all; ITEMS the questions a case (64), FACTS=yes asks as many as
 # teacher-30m-auto-64.yaml does with the facts anywhere; RATES=twice doubles the rates of stages that train everything,
-# RATES=four and RATES=eight double them again: name recipes that have such stages.
+# RATES=four and RATES=eight double them again: name recipes that have such stages. TEMPERATURE is that of the teacher in stage 1,
+# for recipes in which that is logit_kl.
 TOKENS=${TOKENS:-10}
 case "$RATES" in
     "") times=1 ;;
@@ -10,8 +11,8 @@ case "$RATES" in
     eight) times=8 ;;
     *) echo "RATES is twice, four, eight or unset, got $RATES" >&2; exit 1 ;;
 esac
-[ -n "$FACTS" ] && probes=", probes: [{type: facts, facts: [1], lengths: [250, 1850], items: 200}, {type: facts, facts: [4], \
-lengths: [1800], items: 200}, {type: facts, facts: [8], lengths: [1670], items: 200}]"
+[ -n "$FACTS" ] && probes=", probes: [{type: facts, facts: [1], lengths: [250, 950, 1850], items: 200}, {type: facts, \
+facts: [4], lengths: [300, 1000, 1800], items: 200}, {type: facts, facts: [8], lengths: [370, 1070, 1670], items: 200}]"
 data="data={source: $TRAIN, seq_len: 2048, recall_fraction: 0.5, max_tokens: ${TOKENS}M}"
 evaluation="evaluation={text: $DEV, lengths: [1024, 2048], windows: 64, recall: true, recall_items: ${ITEMS:-64}, batch_size: 16, \
 between: false$probes}"
@@ -20,7 +21,8 @@ named() {
     name=$1; shift
     case " ${RECIPES:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     linearize convert --model "$TEACHER" --recipe default/$name model.dtype=float32 "$data" "$evaluation" \
-        'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" -o runs/named${RATES:+-$RATES}/$name
+        'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" \
+        ${TEMPERATURE:+stages.1.teacher_temperature=$TEMPERATURE} -o runs/named${RATES:+-$RATES}${TEMPERATURE:+-$TEMPERATURE}/$name
 }
 # The rates of stages that train everything are auto's first ones, twice those, which it has now, or four or eight times:
 # the papers' are for a hundred times as many parameters.
@@ -44,7 +46,7 @@ named lolcats tokens=${TOKENS}M stages.1.lr=1.0e-3
 for name in hedgehog hedgecats; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 mixer.backend=torch; done
 for name in t2r supra lizard; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 'stages.1.lrs={mixer: 1.0e-3}'; done
 
-[ -n "$RECIPES$RATES" ] && exit
+[ -n "$RECIPES$RATES$TEMPERATURE" ] && exit
 
 ours() {
     name=$1; tokens=$2; shift 2

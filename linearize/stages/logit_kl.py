@@ -9,7 +9,11 @@ facts that the teacher has missed the student learns the right one, of text what
 against their mixture (GKD, Agarwal et al. 2023, arXiv:2306.13649). The teacher is the source model inside the converted
 one: only tensors that training changes are held twice.
 
-`teacher: cached` writes its `top_k` likeliest tokens to disk before training, at the stage's temperature, once for each
+`teacher_temperature` corrects a teacher that is too sure of itself on text that it has not seen: p_teacher is then that
+of its logits over this number, at which its own loss on such text is lowest (temperature scaling, Guo et al. 2017,
+arXiv:1706.04599). Its first choices stay what they are; the student is as sure of them as they deserve.
+
+`teacher: cached` writes its `top_k` likeliest tokens to disk before training, at the stage's temperatures, once for each
 row that is visited (`linearize.stages.tuning.cached`), so that steps take no teacher and nothing is held for one. The
 files, 8 top_k + 4 bytes per predicted token, lie in the stage's folder until its result does.
 """
@@ -43,6 +47,12 @@ class LogitKLConfig(TunedConfig):
 
     type: Literal["logit_kl"] = "logit_kl"
     temperature: float = Field(1.0, gt=0, description="tau: both distributions' logits are divided by it.")
+    teacher_temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Divides the teacher's logits alone, before temperature. Above 1 the student learns to be less sure of "
+        "itself than the teacher is. Probe calibration measures at which one the teacher predicts a text best.",
+    )
     divergence: Literal["forward", "reverse", "jensen_shannon"] = Field(
         "forward", description="forward: KL(teacher || student)."
     )
@@ -81,6 +91,11 @@ class LogitKL(Tuned):
     def keeps_source(self) -> bool:
         return self.config.teacher == "live"
 
+    @property
+    def of_teacher(self) -> float:
+        """By what the teacher's logits are divided."""
+        return self.config.temperature * self.config.teacher_temperature
+
     def check(self, model: Any) -> None:
         super().check(model)
         config, vocabulary = self.config, model.config.get_text_config().vocab_size
@@ -115,7 +130,7 @@ class LogitKL(Tuned):
             shutil.rmtree(place, ignore_errors=True)
         wait_for_all()
         rows = visited(data, config.steps(data.seq_len) * config.batch_size, config.seed)
-        facts = {"data": data.folder.name, "top_k": config.top_k, "temperature": config.temperature}
+        facts = {"data": data.folder.name, "top_k": config.top_k, "temperature": self.of_teacher}
         size = config.micro_batch_size or config.batch_size
         write_predictions(place, data, rows, facts, size, lambda batch: self.predictions(model, batch))
         wait_for_all()
@@ -137,7 +152,7 @@ class LogitKL(Tuned):
         with self.teacher(model), autocast(config, device):
             hidden, _ = self.hidden(model, {k: v.to(device) for k, v in batch.items()})
             pieces = [
-                likeliest(self.family.logits(model, piece), config.top_k, config.temperature)
+                likeliest(self.family.logits(model, piece), config.top_k, self.of_teacher)
                 for piece in hidden.split(config.head_chunk)
             ]
         log_probs, tokens = zip(*pieces, strict=True)
@@ -173,7 +188,7 @@ class LogitKL(Tuned):
             student = self.family.logits(model, hidden)
             with self.teacher(model):
                 teacher = self.family.logits(model, expected)
-            settings = (config.divergence, config.temperature, config.top_k)
+            settings = (config.divergence, config.temperature, config.top_k, config.teacher_temperature)
             return self._mixed(lambda rows: divergence(student[rows], teacher[rows], *settings), student, *predicted)
 
         return self.scored(loss, hidden, expected, targets, _of_answers(batch))

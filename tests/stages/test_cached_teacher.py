@@ -57,10 +57,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         {},
         {"temperature": 2.0, "ce": 0.25},
+        {"temperature": 2.0, "teacher_temperature": 1.25},
         {"divergence": "reverse", "micro_batch_size": 1, "head_chunk": 5},
         {"divergence": "jensen_shannon", "temperature": 0.5, "micro_batch_size": 2},
     ],
-    ids=["kl", "ce", "reverse", "jensen"],
+    ids=["kl", "ce", "calibrated", "reverse", "jensen"],
 )
 def test_training_is_that_of_the_live_teacher(
     converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, packing: bool, settings: dict[str, Any]

@@ -14,15 +14,17 @@ from trainable import dataset, make_stage, metrics, snapshot
 from linearize.data import DataConfig, PackedDataset, model_inputs
 from linearize.errors import UserError
 from linearize.losses import coarse, divergence
-from linearize.swap import source_weights, teacher_path
+from linearize.swap import source_weights, swapped, teacher_path
 
 LAYERS = "LSL"
 IDS = torch.arange(2, 42)[None]
 
 
-def reference(student: torch.Tensor, teacher: torch.Tensor, kind: str, tau: float, top_k: int | None) -> float:
+def reference(
+    student: torch.Tensor, teacher: torch.Tensor, kind: str, tau: float, top_k: int | None, of_teacher: float
+) -> float:
     """The divergence of two rows of logits, outcome by outcome in float64."""
-    p, q = ((x.double() / tau).softmax(-1).tolist() for x in (teacher, student))
+    p, q = ((x.double() / tau).softmax(-1).tolist() for x in (teacher.double() / of_teacher, student))
     if top_k is not None:
         best = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
         p, q = ([*(x[i] for i in best), 1 - sum(x[i] for i in best)] for x in (p, q))
@@ -39,13 +41,14 @@ def reference(student: torch.Tensor, teacher: torch.Tensor, kind: str, tau: floa
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
 @pytest.mark.parametrize(("tau", "top_k"), [(1.0, None), (2.5, None), (1.0, 5), (0.5, 3), (1.0, 500)])
-def test_divergences_are_what_they_are_in_float64(kind: str, tau: float, top_k: int | None) -> None:
+@pytest.mark.parametrize("of_teacher", [1.0, 1.25])
+def test_divergences_are_what_they_are_in_float64(kind: str, tau: float, top_k: int | None, of_teacher: float) -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(7, 31, generator=generator) for _ in range(2))
     k = top_k if top_k is not None and top_k < 31 else None
-    expected = sum(reference(s, t, kind, tau, k) for s, t in zip(student, teacher, strict=True))
-    assert float(divergence(student, teacher, kind, tau, top_k)) == pytest.approx(expected, rel=1e-5)
-    assert float(divergence(teacher, teacher, kind, tau, top_k)) == pytest.approx(0, abs=1e-5)
+    expected = sum(reference(s, t, kind, tau, k, of_teacher) for s, t in zip(student, teacher, strict=True))
+    assert float(divergence(student, teacher, kind, tau, top_k, of_teacher)) == pytest.approx(expected, rel=1e-5)
+    assert float(divergence(teacher / of_teacher, teacher, kind, tau, top_k, of_teacher)) == pytest.approx(0, abs=1e-5)
 
 
 def test_all_other_outcomes_are_one() -> None:
@@ -63,8 +66,14 @@ def ready(model: Any, **settings: Any) -> tuple[Any, dict[str, torch.nn.Paramete
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"temperature": 2.0, "ce": 0.25}, {"top_k": 6}, {"temperature": 2.0, "ce": 0.75, "ce_on": "answers"}],
-    ids=["kl", "ce", "top", "answers"],
+    [
+        {},
+        {"temperature": 2.0, "ce": 0.25},
+        {"top_k": 6},
+        {"temperature": 2.0, "ce": 0.75, "ce_on": "answers"},
+        {"teacher_temperature": 1.25, "temperature": 2.0, "ce": 0.75, "ce_on": "answers"},
+    ],
+    ids=["kl", "ce", "top", "answers", "calibrated"],
 )
 def test_gradients_are_those_of_the_written_out_loss(
     converted: Callable[..., Any],
@@ -83,6 +92,7 @@ def test_gradients_are_those_of_the_written_out_loss(
         teacher = pico_model().double()(**inputs, use_cache=False).logits
     logits = twin(**inputs, use_cache=False).logits
     tau = settings.get("temperature", 1.0)
+    teacher = teacher / settings.get("teacher_temperature", 1.0)
     total, count = torch.zeros(()).double(), 0
     for row, t in itertools.product(range(4), range(31)):
         label = int(batch["labels"][row, t + 1])
@@ -189,6 +199,29 @@ def test_the_student_learns_and_the_teacher_stays_the_source(
         with teacher_path(model):
             assert torch.equal(model(IDS).logits, expected)
         assert not torch.equal(model(IDS).logits, expected)
+
+
+def test_a_calibrated_teacher_is_learned_with_its_first_choices(
+    converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The student comes to the distribution of the divided logits: less sure of the same tokens."""
+    data = dataset(tmp_path, pico_tokenizer)
+    batch, found = data.batch(range(4)), {}
+    for temperature in (1.0, 3.0):
+        model = converted("gdn", LAYERS)
+        for attn in swapped(model).values():
+            attn.o_proj.weight.data *= 0.1  # so that the mixers can do what softmax did
+        model.lm_head.weight.data *= 8
+        stage = make_stage("logit_kl", steps=80, lr=1e-2, train=["all"], teacher_temperature=temperature)
+        stage.run(model, data, tmp_path / str(temperature))
+        with torch.no_grad():
+            student = model(**model_inputs(batch)).logits
+            with teacher_path(model):
+                teacher = model(**model_inputs(batch)).logits
+        distances = {t: float(divergence(student, teacher, "forward", 1.0, None, t)) for t in (1.0, 3.0)}
+        assert min(distances, key=distances.__getitem__) == temperature
+        found[temperature] = student.softmax(-1).amax(-1).mean()
+    assert found[3.0] < found[1.0]
 
 
 def test_frozen_parameters_do_not_change_and_a_finished_run_is_restored(
