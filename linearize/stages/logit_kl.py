@@ -13,9 +13,9 @@ one: only tensors that training changes are held twice.
 of its logits over this number, at which its own loss on such text is lowest (temperature scaling, Guo et al. 2017,
 arXiv:1706.04599). Its first choices stay what they are; the student is as sure of them as they deserve.
 
-`teacher: cached` writes its `top_k` likeliest tokens to disk before training, at the stage's temperatures, once for each
-row that is visited (`linearize.stages.tuning.cached`), so that steps take no teacher and nothing is held for one. The
-files, 8 top_k + 4 bytes per predicted token, lie in the stage's folder until its result does.
+`teacher: cached` writes its `top_k` likeliest tokens to disk before training, at the stage's temperatures, once for
+each row that is visited (`linearize.stages.tuning.cached`), so that steps take no teacher and nothing is held for one.
+The files, 8 top_k + 4 bytes per predicted token, lie in the stage's folder until its result does.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class LogitKLConfig(TunedConfig):
     teacher_temperature: float = Field(
         1.0,
         gt=0,
-        description="Divides the teacher's logits alone, before temperature. Above 1 the student learns to be less sure of "
-        "itself than the teacher is. Probe calibration measures at which one the teacher predicts a text best.",
+        description="Divides the teacher's logits alone, before temperature. Above 1 the student learns to be less "
+        "sure of itself than the teacher is. Probe calibration measures at which one the teacher predicts a text best.",
     )
     divergence: Literal["forward", "reverse", "jensen_shannon"] = Field(
         "forward", description="forward: KL(teacher || student)."
