@@ -201,10 +201,10 @@ def test_the_student_learns_and_the_teacher_stays_the_source(
         assert not torch.equal(model(IDS).logits, expected)
 
 
-def test_a_calibrated_teacher_is_learned_with_its_first_choices(
+def test_a_divided_teacher_is_learned_as_it_is_then(
     converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """The student comes to the distribution of the divided logits: less sure of the same tokens."""
+    """Nearer to the distribution of the divided logits than to that of the logits, and less sure."""
     data = dataset(tmp_path, pico_tokenizer)
     batch, found = data.batch(range(4)), {}
     for temperature in (1.0, 3.0):
