@@ -12,7 +12,6 @@ import torch
 from linearize.losses import next_token
 from linearize.stages.tuning.tuned import Tuned, TunedConfig
 from linearize.training.loop import Batch, Metrics
-from linearize.training.precision import backpropagate
 
 
 class FinetuneConfig(TunedConfig):
@@ -30,8 +29,6 @@ class Finetune(Tuned):
         hidden, targets = self.hidden(model, batch)
 
         def loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return next_token(self.family.logits(model, hidden), targets)
+            return next_token(self.family.logits(model, hidden), targets)[None]
 
-        total = self.scored(loss, hidden, targets)
-        backpropagate(total * weight)
-        return {"loss": total.detach()}
+        return {"loss": self.descend(loss, weight, hidden, targets)[0]}

@@ -34,7 +34,7 @@ from linearize.losses import coarse_divergence, divergence, likeliest, next_toke
 from linearize.stages.tuning.cached import LOG_PROBS, TOKENS, WithPredictions, write_predictions
 from linearize.stages.tuning.tuned import Tuned, TunedConfig
 from linearize.training.loop import Batch, Metrics
-from linearize.training.precision import autocast, backpropagate
+from linearize.training.precision import autocast
 from linearize.training.processes import is_main, join, wait_for_all
 
 Compare = Callable[[Any], torch.Tensor]
@@ -159,11 +159,10 @@ class LogitKL(Tuned):
         return torch.cat(log_probs), torch.cat(tokens)
 
     def backward(self, model: Any, batch: Batch, weight: float) -> Metrics:
-        summed = self._cached(model, dict(batch)) if self.config.teacher == "cached" else self._live(model, batch)
-        backpropagate(summed[0] * weight)
-        return dict(zip(("loss", "kl", "ce"), summed.detach(), strict=True))
+        descend = self._cached if self.config.teacher == "cached" else self._live
+        return dict(zip(("loss", "kl", "ce"), descend(model, dict(batch), weight), strict=True))
 
-    def _cached(self, model: Any, batch: Batch) -> torch.Tensor:
+    def _cached(self, model: Any, batch: Batch, weight: float) -> torch.Tensor:
         config, log_probs, tokens = self.config, batch.pop(LOG_PROBS), batch.pop(TOKENS)
         hidden, targets = self.hidden(model, batch)
 
@@ -176,9 +175,9 @@ class LogitKL(Tuned):
                 *predicted,
             )
 
-        return self.scored(loss, hidden, log_probs, tokens, targets, _of_answers(batch))
+        return self.descend(loss, weight, hidden, log_probs, tokens, targets, _of_answers(batch))
 
-    def _live(self, model: Any, batch: Batch) -> torch.Tensor:
+    def _live(self, model: Any, batch: Batch, weight: float) -> torch.Tensor:
         config = self.config
         with self.teacher(model):
             expected, _ = self.hidden(model, batch)
@@ -191,7 +190,7 @@ class LogitKL(Tuned):
             settings = (config.divergence, config.temperature, config.top_k, config.teacher_temperature)
             return self._mixed(lambda rows: divergence(student[rows], teacher[rows], *settings), student, *predicted)
 
-        return self.scored(loss, hidden, expected, targets, _of_answers(batch))
+        return self.descend(loss, weight, hidden, expected, targets, _of_answers(batch))
 
     def _mixed(
         self, compare: Compare, student: torch.Tensor, targets: torch.Tensor, answers: torch.Tensor

@@ -29,10 +29,14 @@ def autocast(config: TrainingConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
-def backpropagate(loss: torch.Tensor) -> None:
-    """`loss.backward()` outside of autocast, in which forward products of float32 would have gradients of bfloat16."""
+def backpropagate(loss: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
+    """`loss.backward()` outside of autocast, in which forward products of float32 would have gradients of bfloat16.
+
+    Args:
+        loss: a number, or any tensor with its `gradient`.
+    """
     with torch.autocast(loss.device.type, enabled=False):
-        loss.backward()
+        loss.backward(gradient)
 
 
 @contextmanager

@@ -224,6 +224,35 @@ def test_a_divided_teacher_is_learned_as_it_is_then(
     assert found[3.0] < found[1.0]
 
 
+@pytest.mark.parametrize(("kind", "models"), [("logit_kl", 2), ("finetune", 1)])
+def test_a_piece_goes_through_the_head_once(
+    converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, kind: str, models: int
+) -> None:
+    """The teacher's and the student's, and never more than `head_chunk` predictions."""
+    model, seen = converted("gdn", LAYERS), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    stage = make_stage(kind, train=["*"], head_chunk=17)
+    stage.begin(model)
+    batch = dataset(tmp_path, pico_tokenizer).batch(range(4))
+    stage.backward(model, batch, 1.0)
+    assert sum(seen) == models * stage.count(batch) and max(seen) == 17
+
+
+@pytest.mark.parametrize("kind", ["logit_kl", "finetune"])
+@pytest.mark.parametrize("train", [["*.mixer.*"], ["lm_head.weight"]])
+def test_rows_without_a_prediction_have_no_gradient(
+    converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path, kind: str, train: list[str]
+) -> None:
+    batch = dataset(tmp_path, pico_tokenizer).batch(range(4))
+    model, stage = converted("gdn", LAYERS), make_stage(kind, train=train)
+    _, parameters = stage.begin(model)
+    found = stage.backward(model, {**batch, "labels": torch.full_like(batch["labels"], -100)}, 1.0)
+    assert not any(float(value) for value in found.values())
+    assert not any(p.grad is not None and p.grad.any() for p in parameters.values())
+    stage.backward(model, batch, 1.0)
+    assert all(p.grad is not None for p in parameters.values())
+
+
 def test_frozen_parameters_do_not_change_and_a_finished_run_is_restored(
     converted: Callable[..., Any], pico_tokenizer: Any, tmp_path: Path
 ) -> None:

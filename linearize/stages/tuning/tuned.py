@@ -1,8 +1,9 @@
 """End-to-end training of chosen tensors, of adapters, or of both: what fine-tuning and distillation have in common.
 
-Predictions are compared row by row of the final hidden states: `scored` takes a few thousand rows at a time through the
-language model's head, forward and again in the backward pass, so that logits of the whole vocabulary never exist for
-more than one such piece.
+Predictions are compared row by row of the final hidden states: a few thousand rows at a time go through the language
+model's head, so that logits of the whole vocabulary never exist for more than one such piece. `descend` takes each
+forward and backward at once; `scored`, whose sum may be made into a loss of another form, forward, and again in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from linearize.swap import swapped, teacher_path
 from linearize.training.config import TrainingConfig
 from linearize.training.loop import Batch
 from linearize.training.names import select
+from linearize.training.precision import backpropagate
 
 
 class TunedConfig(TrainingConfig):
@@ -186,6 +188,29 @@ class Tuned(Stage):
         if not torch.is_grad_enabled():
             return sum(loss(*piece) for piece in pieces)  # type: ignore[return-value]
         return sum(checkpoint(loss, *piece, use_reentrant=False) for piece in pieces)
+
+    def descend(
+        self, loss: Callable[..., torch.Tensor], weight: float, hidden: torch.Tensor, *rows: torch.Tensor
+    ) -> torch.Tensor:
+        """As `scored`, with the gradient of the first loss times `weight`; each piece goes through the head once.
+
+        Args:
+            loss: takes a piece of `hidden` and of each of `rows`.
+            hidden: [N, C], with the graph of the model before the head.
+            rows: tensors [N, ...] that have no gradient.
+
+        Returns:
+            [K], detached.
+        """
+        pieces = [piece.requires_grad_(hidden.requires_grad) for piece in hidden.detach().split(self.config.head_chunk)]
+        found = []
+        for piece in zip(pieces, *(t.split(self.config.head_chunk) for t in rows), strict=True):
+            losses = loss(*piece)
+            backpropagate(losses[0] * weight)
+            found.append(losses.detach())
+        if hidden.requires_grad:
+            backpropagate(hidden, torch.cat([piece.grad for piece in pieces]))
+        return torch.stack(found).sum(0)
 
 
 def _window_parameters(model: nn.Module) -> set[str]:
