@@ -101,7 +101,7 @@ def _prompts(arguments: argparse.Namespace) -> Any:
 
     from linearize import Recipe
     from linearize.errors import UserError
-    from linearize.evals.measure import eval_tokens
+    from linearize.evals.held_out import eval_tokens
     from linearize.evals.text import spread_windows
 
     written = Path(arguments.path or "") / "recipe.yaml"

@@ -24,7 +24,7 @@ from linearize.evals.table import comparison_table
 from linearize.families.base import Family
 from linearize.hf.auto import linearized
 from linearize.hf.export import export, export_adapter
-from linearize.hf.load import load, load_processor
+from linearize.hf.load import load, load_processor, load_tokenizer
 from linearize.hf.native import native_model
 from linearize.hub.card import model_card
 from linearize.hub.licence import licence_files
@@ -103,6 +103,8 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     where = _where(recipe)
     text_only = find("families", plan.family, Family).auto_class == Family.auto_class
     processor = None if text_only else load_processor(plan.source, **where)
+    points = Points(out / "run" / "measurements.json", recipe, load_tokenizer(plan.source, **where), say)
+    points.read()
     model, tokenizer = load(
         plan.source,
         dtype=recipe.model.dtype,
@@ -136,7 +138,6 @@ def _convert(recipe: Recipe, plan: Plan, out: Path, resume: bool, say: Callable)
     swap(model, plan, recipe.seed)
     if plan.native is not None:
         native_model(model)  # what its check refuses should not wait until after the training
-    points = Points(out / "run" / "measurements.json", recipe, tokenizer, say)
     measured = set(points.taken)
     with teacher_path(model):
         points.take("teacher", model)

@@ -23,13 +23,21 @@ FULL = "full_attention"
 """The kind of layers whose positions change where kinds have their own; those with sliding windows see near tokens."""
 
 
+def may_end(config: Any) -> int | None:
+    """How many positions a model of this configuration has at least; None where they go on, as rotary ones do.
+
+    Of an architecture without a family `learned` looks whether there are more.
+    """
+    family = known_family(config)
+    rotary = family is not None and family.rotary is not None
+    return None if rotary else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def learned(model: Any) -> int | None:
     """How many positions a model has that learned a table of them and has none beyond; None where positions go on, as
     rotary ones do.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    family = known_family(model.config)
-    if limit is None or (family is not None and family.rotary is not None):
+    if (limit := may_end(model.config)) is None:
         return None
     words = getattr(model, "get_input_embeddings", lambda: None)()
     tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from linearize.data import check_source
-from linearize.evals.measure import check_evaluation, held_out
+from linearize.evals.held_out import check_evaluation, held_out
 from linearize.evals.workload import summary, workload
 from linearize.families.base import Family
 from linearize.hf.auto import linearized

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 import linearize
 from linearize import pipeline
 from linearize.errors import UserError
-from linearize.evals.measure import eval_tokens, measure
+from linearize.evals.held_out import eval_tokens
+from linearize.evals.measure import measure
 from linearize.hf.load import load, load_config
 from linearize.pipeline import convert
 from linearize.preflight import outline, plan_of
@@ -385,6 +386,18 @@ def test_what_is_missing_is_named_before_weights_are_loaded(
     with pytest.raises(UserError, match=message):
         convert(make_recipe(source, **sections), source / "out", say=quiet)
     assert not (source / "out").exists()
+
+
+def test_a_text_that_is_too_short_is_named_before_weights_are_loaded(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load", lambda *args, **options: pytest.fail("weights were loaded"))
+    text = source / "short.txt"
+    text.write_text("abcdefg")
+    for lengths, needed in (([4, 16], 16), ([], 32)):
+        recipe = make_recipe(source, evaluation={**EVALUATION, "text": str(text), "lengths": lengths})
+        with pytest.raises(UserError, match=f"evaluation text {text} has 8 tokens, fewer than one window of {needed};"):
+            convert(recipe, source / "out", say=quiet)
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_known_before(

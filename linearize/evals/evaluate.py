@@ -21,9 +21,10 @@ from linearize.device import default_device
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
 from linearize.evals.fewshot import room_of
+from linearize.evals.held_out import check_evaluation, check_text, eval_tokens
 from linearize.evals.lm_harness import fetch_tasks
 from linearize.evals.local_tasks import local_tasks
-from linearize.evals.measure import Measurement, check_evaluation, check_lengths, eval_tokens, measure
+from linearize.evals.measure import Measurement, check_lengths, measure
 from linearize.evals.parts import (
     Parts,
     check_report,
@@ -38,9 +39,9 @@ from linearize.evals.report import Report
 from linearize.evals.task_groups import GROUPS
 from linearize.evals.workload import summary, works_on
 from linearize.hf.folder import read_mapping, recipe_in
-from linearize.hf.load import hub_file, load
+from linearize.hf.load import hub_file, load, load_config, load_tokenizer
 from linearize.model_names import resolve_model
-from linearize.positions import learned
+from linearize.positions import learned, may_end
 from linearize.schema import user_error
 
 DEFAULT_LENGTH = 2048
@@ -155,10 +156,14 @@ def evaluate(
             num_fewshot=num_fewshot,
             room=lambda: room_of(resolve_model(name), trust_remote_code=trust_remote_code),
         )
-        model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        config = asked.model_copy(update={"lengths": asked.lengths or _lengths(data, model)})
+        where = {"trust_remote_code": trust_remote_code}
+        known = load_config(resolve_model(name), **where)
+        token_ids = eval_tokens(asked, load_tokenizer(resolve_model(name), **where), data)
+        check_text(asked, data, asked.lengths or _lengths(data, known, may_end(known)), len(token_ids))
+        model, tokenizer = load(resolve_model(name), dtype=dtype, device=device, **where)
+        config = asked.model_copy(update={"lengths": asked.lengths or _lengths(data, model.config, learned(model))})
         check_lengths(model, config.lengths)
-        token_ids = eval_tokens(config, tokenizer, data)
+        check_text(config, data, config.lengths, len(token_ids))
         _check_vocabulary(name, model, token_ids)
         environment = _environment(model)
         weights = environment["dtype"].removeprefix("torch.")
@@ -261,11 +266,11 @@ def _config(**values: Any) -> EvalConfig:
         raise user_error(error, "", EvalConfig.model_fields) from None
 
 
-def _lengths(data: DataConfig | None, model: Any) -> list[int]:
-    """The training length and twice that, as far as a table of positions reaches; without a recipe, one length."""
+def _lengths(data: DataConfig | None, config: Any, limit: int | None) -> list[int]:
+    """The training length and twice that, up to the `limit` of a table of positions; without a recipe, one length."""
     if data is None:
-        return [min(DEFAULT_LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))]
-    limit = learned(model) or 2 * data.seq_len
+        return [min(DEFAULT_LENGTH, getattr(config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))]
+    limit = limit or 2 * data.seq_len
     return list(dict.fromkeys(min(length, limit) for length in (data.seq_len, 2 * data.seq_len)))
 
 

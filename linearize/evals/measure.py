@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from linearize.data import DataConfig, check_source, tokens_of
-from linearize.errors import UserError, local_path
+from linearize.errors import UserError
 from linearize.evals import workload
 from linearize.evals.agreement import agreement
 from linearize.evals.config import EvalConfig
@@ -26,7 +25,7 @@ from linearize.evals.divergence import divergence_on_text
 from linearize.evals.finite import BROKEN, nulled, places, watching
 from linearize.evals.lm_harness import lm_eval_tasks
 from linearize.evals.measurement import Measurement
-from linearize.evals.probes.base import DoesNotFit, Probe, Subject, probe_of
+from linearize.evals.probes.base import DoesNotFit, Probe, Subject
 from linearize.evals.recall_score import generate_greedily, padding_id, recall
 from linearize.evals.text import branch_losses, evaluating, loss_on_text
 from linearize.evals.workload import Work, recall_cases, works_on
@@ -34,13 +33,9 @@ from linearize.positions import learned
 from linearize.progress import progress
 from linearize.swap import swapped, teacher_path
 
-__all__ = ["Measurement", "eval_tokens", "measure"]
+__all__ = ["Measurement", "measure"]
 
 logger = logging.getLogger(__name__)
-TEXT_TOKENS = 2_000_000
-"""Tokens of evaluation text that are read at most; windows are spread over them."""
-
-
 Keep = Callable[[str, Callable[[], Measurement]], Measurement]
 """Receives the name of a part and what takes it, and returns what was found, now or before."""
 
@@ -231,49 +226,6 @@ def _sample(subject: Subject, prompt: str, tokens: int) -> Measurement:
         if broken():
             return Measurement(notes=[f"the prompt was not continued: {BROKEN}"])
     return Measurement(prompt=prompt, sample=text)
-
-
-def eval_tokens(config: EvalConfig, tokenizer: Any, data: DataConfig | None = None) -> torch.Tensor:
-    """Token ids [N] of the held-out text, at most `TEXT_TOKENS`; every document ends with end-of-sequence.
-
-    Args:
-        config: names the text and its split; a single file is read whole, whatever the split.
-        data: the training data, whose source is the default; the demo text when None.
-
-    Raises:
-        UserError: when the text cannot be read, or the training source has no such split.
-    """
-    with _no_text(config, data):
-        return tokens_of(held_out(config, data), tokenizer, max_tokens=TEXT_TOKENS)
-
-
-def check_evaluation(config: EvalConfig, data: DataConfig | None = None) -> None:
-    """Raise the errors of `eval_tokens` and of probes that can be known before a model is there."""
-    for probe in config.probes:
-        probe_of(probe).check()
-    with _no_text(config, data):
-        check_source(held_out(config, data))
-
-
-def held_out(config: EvalConfig, data: DataConfig | None) -> DataConfig:
-    """Where the held-out text comes from, for the arguments of `eval_tokens`."""
-    if config.text is None and data is not None:
-        return data.model_copy(update={"split": config.split})
-    source = config.text or "demo"
-    return DataConfig(source=source, split="train" if local_path(source).is_file() else config.split)
-
-
-@contextmanager
-def _no_text(config: EvalConfig, data: DataConfig | None) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        if config.text is not None:
-            raise UserError(f"evaluation.text: {error}") from error
-        raise UserError(
-            f"no evaluation text: {error}. Set evaluation.text to a held-out file or to demo, or evaluation.split to a "
-            "split that the source has"
-        ) from error
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:

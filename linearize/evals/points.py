@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from linearize.errors import write_whole
-from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.held_out import check_text, eval_tokens
+from linearize.evals.measure import Measurement, measure
 from linearize.training.processes import is_main
 
 
@@ -23,6 +24,18 @@ class Points:
         self.text: torch.Tensor | None = None
         saved = json.loads(path.read_text()) if path.exists() else []
         self.taken: dict[str, Measurement] = {name: Measurement.from_dict(values) for name, values in saved}
+
+    def read(self) -> None:
+        """Read the held-out text, which needs no model, unless nothing is to be measured on it.
+
+        Raises:
+            UserError: when it cannot be read, or is too short.
+        """
+        config, data = self.recipe.evaluation, self.recipe.data
+        if config is None or "teacher" in self.taken:  # then it was long enough
+            return
+        self.text = eval_tokens(config, self.tokenizer, data)
+        check_text(config, data, config.lengths or [data.seq_len], len(self.text))
 
     def add_training(self, tokens: int, seconds: float) -> None:
         self.tokens += tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -90,6 +91,19 @@ def test_local_questions_are_asked_of_both(folders, tmp_path, monkeypatch):
     assert row.split("|")[2].strip() == "5"
     assert report.student.asked == {"sums": Asked(5, 6, 0, own=True)}
     assert Report.from_json(tmp_path / "report.json") == report
+
+
+def test_a_text_that_is_too_short_is_named_before_weights_are_loaded(folders, monkeypatch):
+    source, student, text = folders
+    monkeypatch.setattr("linearize.evals.evaluate.load", lambda *args, **options: pytest.fail("weights were loaded"))
+    told = re.escape(f"lengths: the evaluation text {text} has 601 tokens, fewer than one window of ")
+    with pytest.raises(UserError, match=f"{told}1,000; choose shorter lengths or a longer text"):
+        evaluate(source, text=str(text), lengths=[64, 1000], device="cpu", **QUICK)
+    text.write_text(json.dumps({"text": "a" * 100}) + "\n")
+    with pytest.raises(UserError, match="has 101 tokens, fewer than one window of 128;"):
+        evaluate(student, device="cpu", **QUICK)
+    with pytest.raises(UserError, match="text demo, split dev, has .* tokens, fewer than one window of 9,999,999"):
+        evaluate(source, text="demo", lengths=[9_999_999], device="cpu", **QUICK)
 
 
 def test_a_damaged_recipe_is_named(folders):

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from linearize.data import DataConfig
 from linearize.errors import UserError
 from linearize.evals.config import EvalConfig
-from linearize.evals.measure import Measurement, eval_tokens, measure
+from linearize.evals.held_out import eval_tokens
+from linearize.evals.measure import Measurement, measure
 from linearize.evals.probes.base import Probe
 from linearize.evals.table import PROMPT, comparison_table, grid, shown_prompt, side_by_side
 from linearize.evals.text import BranchLoss, loss_on_text
