@@ -52,12 +52,16 @@ def held_out(config: EvalConfig, data: DataConfig | None) -> DataConfig:
 
 
 def check_text(config: EvalConfig, data: DataConfig | None, lengths: Sequence[int], tokens: int) -> None:
-    """Raise a UserError where a text of `tokens` tokens has no window of one of `lengths`; it names the text."""
+    """Raise a UserError where a text of `tokens` tokens has no window of one of `lengths`, or as a probe's settings ask
+    for; it names the text.
+    """
+    told = _named(config, data, tokens)
     if (longest := max(lengths)) > tokens:
         raise UserError(
-            f"lengths: {_named(config, data, tokens)}, fewer than one window of {longest:,}; choose shorter lengths or "
-            "a longer text"
+            f"lengths: {told}, fewer than one window of {longest:,}; choose shorter lengths or a longer text"
         )
+    for settings in config.probes:
+        probe_of(settings).check_text(tokens, told)
 
 
 def _named(config: EvalConfig, data: DataConfig | None, tokens: int) -> str:

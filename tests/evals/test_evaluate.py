@@ -106,6 +106,18 @@ def test_a_text_that_is_too_short_is_named_before_weights_are_loaded(folders, mo
         evaluate(source, text="demo", lengths=[9_999_999], device="cpu", **QUICK)
 
 
+@pytest.mark.parametrize("probe", ["calibration", "gates", "kl_by_position", "transfer_error"])
+def test_probes_of_longer_windows_than_the_text_are_refused_before_weights_are_loaded(folders, monkeypatch, probe):
+    _, student, text = folders
+    monkeypatch.setattr("linearize.evals.evaluate.load", lambda *args, **options: pytest.fail("weights were loaded"))
+    told = re.escape(f"probe {probe}: the evaluation text {text} has 601 tokens, fewer than one window of length=602;")
+    with pytest.raises(UserError, match=told):
+        evaluate(student, probes=[{"type": probe, "length": 602}], device="cpu", **QUICK)
+    monkeypatch.setattr("linearize.evals.evaluate.load", lambda *args, **options: (_ for _ in ()).throw(OverflowError))
+    with pytest.raises(OverflowError):  # goes on to the weights
+        evaluate(student, probes=[{"type": probe, "length": 601}, "length_extrapolation"], device="cpu", **QUICK)
+
+
 def test_a_damaged_recipe_is_named(folders):
     for content, told in (("", "is empty"), ("a: [", "is not valid YAML"), ("text", "holds no recipe but a str")):
         (folders[1] / "recipe.yaml").write_text(content)

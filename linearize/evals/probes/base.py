@@ -112,6 +112,18 @@ class Probe:
     def check(self) -> None:
         """Raise a UserError for settings that can be known to be wrong before a model is there, such as files."""
 
+    def check_text(self, tokens: int, told: str) -> None:
+        """Raise a UserError where a setting `length` asks for longer windows than a text of `tokens` tokens, known
+        before a model is there; `told` says whose and how many. Lengths that follow from the training length end with
+        the text instead, and a note says so.
+        """
+        length = getattr(self.config, "length", None)
+        if self.unit == "windows" and isinstance(length, int) and length > tokens:
+            raise UserError(
+                f"probe {self.config.type}: {told}, fewer than one window of length={length:,}; choose a shorter "
+                "length or a longer text"
+            )
+
     def run(self, subject: Subject) -> dict[str, Any]:
         """Measure. The model is as it was afterwards.
 
