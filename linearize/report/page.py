@@ -172,7 +172,8 @@ def warnings(sources: Sources) -> list[str]:
 
 def _conditions(told: Mapping[str, conditions.Conditions], measurements: Mapping[str, Measurement]) -> str:
     """What was measured with what, and a warning where that differs."""
-    view = conditions.table("Measured with", told)
+    note = "Lengths and windows are those of losses and KL; probes have their own."
+    view = conditions.table("Measured with", told, note)
     apart = "Not everything here was measured alike, so that not all numbers can be compared:"
     warned = html.warning(apart, conditions.differences(told, measurements))
     return warned + (html.table(view) if view else "")

@@ -110,6 +110,7 @@ def test_the_page_and_the_command_warn(
         assert f"not measured alike: {warned}" in printed.err
         text = write_page(files, tmp_path / "page.html")[0].read_text()
         assert 'class="warn"' in text and warned in text and "Measured with" in text and "novels.txt" in text
+        assert "Lengths and windows are those of losses and KL; probes have their own." in text
 
 
 def test_many_evaluations_are_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

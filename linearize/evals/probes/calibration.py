@@ -104,10 +104,13 @@ class Calibration(Probe):
 
     @classmethod
     def summary(cls, results: Mapping[str, dict[str, Any]]) -> Sequence[View]:
-        """The numbers."""
+        """The numbers, and on how much text they were taken."""
         columns = ["", "loss", "best temperature", "loss there", "calibration error"]
         keys = ("loss", "temperature", "calibrated", "error")
-        note = "A lower loss there than the teacher's is more than less confidence."
+        taken = {name: f"{found['windows']:,} x {found['length']:,} tokens" for name, found in results.items()}
+        same = len(set(taken.values())) == 1
+        told = next(iter(taken.values())) if same else ", ".join(f"{size} ({name})" for name, size in taken.items())
+        note = f"On {told} of text. A lower loss there than the teacher's is more than less confidence."
         rows = [[name, *(found[key] for key in keys)] for name, found in results.items()]
         return [Table("Calibration", note, columns=columns, rows=rows)]
 

@@ -15,7 +15,7 @@ from linearize.evals.finite import nulled
 from linearize.evals.measure import measure
 from linearize.evals.probes.base import DoesNotFit
 from linearize.evals.probes.calibration import TEMPERATURES, Calibration
-from linearize.evals.views import Lines
+from linearize.evals.views import Lines, Table
 
 FIVE = torch.tensor([5])
 PROBE = {"type": "calibration", "length": 100, "windows": 3}
@@ -103,6 +103,16 @@ def test_tokens_that_are_never_predicted_leave_no_temperature() -> None:
     assert math.isnan(found["temperature"]) and math.isinf(found["loss"]) and found["notes"] == []
     shown = Calibration.views({"model": nulled(found)})[-1]
     assert isinstance(shown, Lines) and shown.series == {"model": []}
+
+
+def test_the_table_says_on_how_much_text() -> None:
+    how: dict[str, Any] = {"text": Fair.text, "teacher": None, "seq_len": 400}
+    one, other = run_probe("calibration", Fair(), **how), run_probe(PROBE, Fair(), **how)
+    (table,) = Calibration.summary({"a": one, "b": one})
+    assert isinstance(table, Table) and table.note.startswith("On 10 x 400 tokens of text. ")
+    assert Calibration.views({"a": one, "b": other})[0].note.startswith(
+        "On 10 x 400 tokens (a), 3 x 100 tokens (b) of text."
+    )
 
 
 def test_windows_without_a_token_to_predict_are_told() -> None:
