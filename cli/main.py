@@ -12,15 +12,18 @@ import logging
 import os
 import pkgutil
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
 from linearize import __version__
 from linearize.errors import UserError, did_you_mean
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,11 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line.
 
     Returns:
-        The exit code: 0, 2 for a `UserError`, 130 when interrupted. Other exceptions keep their traceback.
+        The exit code: 0, 2 for a `UserError`, 130 when interrupted, 143 after SIGTERM. Other exceptions keep their
+        traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(argv)
+        with _terminable(argv):
+            _dispatch(argv)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +72,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted{_remedy(argv)}", file=sys.stderr)
         return INTERRUPTED
+    except SystemExit as stop:
+        if stop.code != TERMINATED:
+            raise
+        print(f"\nterminated{_remedy(argv)}", file=sys.stderr)
+        return TERMINATED
     return 0
+
+
+@contextmanager
+def _terminable(argv: list[str]) -> Iterator[None]:
+    """Inside the context SIGTERM is a `SystemExit`, for the commands that can go on and should say how."""
+    default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not (default and _remedy(argv) and threading.current_thread() is threading.main_thread()):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _dispatch(argv: list[str]) -> None:

@@ -96,7 +96,10 @@ def user_error(error: ValidationError, where: str, known: Iterable[str] = ()) ->
     lines = []
     for problem in error.errors():
         path = ".".join(str(part) for part in (where, *problem["loc"]) if part != "")
-        if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, UserError) and path in str(cause):  # from a section inside, and says which
+            lines.append(str(cause))
+        elif problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             lines.append(f"unknown key {path!r}{did_you_mean(str(problem['loc'][-1]), _inside(known, problem['loc']))}")
         else:
             message = problem["msg"].removeprefix("Value error, ")

@@ -68,6 +68,13 @@ def test_a_value_is_told_once() -> None:
     assert str(user_error(caught.value, "evaluation")).count("got") == 1
 
 
+def test_a_place_is_told_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        EvalConfig(probes=[{"type": "calibration", "windos": 3}])
+    message = str(user_error(caught.value, ""))
+    assert message == "unknown key 'probes.0.windos'; did you mean 'windows'? known: length, type, windows"
+
+
 @pytest.mark.parametrize("value", [10**18 + 1, "9" * 400, "2000000000B", 10**400])
 def test_counts_that_nothing_can_reach_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="a count can be 1e[+]18 at most"):

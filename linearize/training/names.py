@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,8 @@ from torch import nn
 from linearize.errors import UserError
 from linearize.families.base import Family
 
-GROUPS = "all, mixer, attention, projections, q, k, v and o"
-"""As errors list them."""
+GROUPS = ("all", "mixer", "attention", "projections", "q", "k", "v", "o")
+"""Names of groups in every family."""
 FIELDS = ("train", "lrs", "unfreeze")
 """Settings of a stage that name parameters."""
 
@@ -73,9 +74,11 @@ def _matching(pattern: str, names: list[str], where: str) -> list[str]:
     """Those of the names of parameters that a pattern matches; a UserError where there is none."""
     if hits := fnmatch.filter(names, pattern):
         return hits
+    close = get_close_matches(pattern, GROUPS, n=1) if pattern.isalpha() else []  # not of *.mixer.*, which is a pattern
+    guess = f"; did you mean {close[0]!r}?" if close else ";"
     raise UserError(
-        f"{where} pattern {pattern!r} matches nothing that trains; names look like {', '.join(names[:3])}; groups are "
-        f"{GROUPS}"
+        f"{where} pattern {pattern!r} matches nothing that trains{guess} names look like {', '.join(names[:3])}; "
+        f"groups are {', '.join(GROUPS[:-1])} and {GROUPS[-1]}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,19 @@ def test_an_interrupted_conversion_says_how_to_go_on(
     assert entry.main(arguments) == 130
     command = "linearize convert --model demo -o 'my folder' --resume"
     assert capsys.readouterr().err == f"\ninterrupted; go on with: {command}\n"
+
+
+def test_sigterm_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between steps, where it is a SystemExit, and anywhere else, where it is a signal."""
+    told = "\nterminated; go on with: linearize convert -o out --resume\n"
+    stop_with(SystemExit(143), monkeypatch)
+    assert entry.main(["convert", "-o", "out"]) == 143 and capsys.readouterr().err == told
+    monkeypatch.setattr(convert_command, "run", lambda arguments: signal.raise_signal(signal.SIGTERM))
+    assert entry.main(["convert", "-o", "out"]) == 143 and capsys.readouterr().err == told
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    stop_with(SystemExit(3), monkeypatch)
+    with pytest.raises(SystemExit, match="3"):
+        entry.main(["convert"])
 
 
 @pytest.mark.parametrize(

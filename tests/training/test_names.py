@@ -54,8 +54,12 @@ def test_stages_train_groups_and_name_them(converted: Any) -> None:
     model = converted("lolcats", "LSL")
     stage = make_stage("finetune", train=["q", "mixer"])
     assert {name.split(".")[4] for name in stage.prepare(model)} == {"q_proj", "mixer"}
-    with pytest.raises(UserError, match=r"'mixers' matches nothing that trains; .* groups are all, mixer, attention, "):
+    said = r"'mixers' matches nothing that trains; did you mean 'mixer'\? .* groups are all, mixer, attention, "
+    with pytest.raises(UserError, match=said):
         make_stage("finetune", train=["mixers"]).check(model)
+    for pattern in ("*.mixers.*", "experts"):
+        with pytest.raises(UserError, match="matches nothing that trains; names look like"):
+            make_stage("finetune", train=[pattern]).check(model)
 
 
 def test_a_stage_leaves_the_recipes_settings_as_they_are() -> None:
