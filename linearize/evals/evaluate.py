@@ -156,7 +156,7 @@ def evaluate(
             num_fewshot=num_fewshot,
             room=lambda: room_of(resolve_model(name), trust_remote_code=trust_remote_code),
         )
-        where = {"trust_remote_code": trust_remote_code}
+        where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         known = load_config(resolve_model(name), **where)
         token_ids = eval_tokens(asked, load_tokenizer(resolve_model(name), **where), data)
         check_text(asked, data, asked.lengths or _lengths(data, known, may_end(known)), len(token_ids))
