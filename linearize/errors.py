@@ -23,6 +23,12 @@ MANY = 40
 """Options that are too many to be listed where one is close to what was written."""
 
 
+def close_to(value: str, options: Iterable[str]) -> list[str]:
+    """Up to five of the options that are written like `value`, the closest first."""
+    folded = {name.lower(): name for name in options}
+    return [folded[name] for name in difflib.get_close_matches(str(value).lower(), folded, n=5, cutoff=0.6)]
+
+
 def did_you_mean(value: str, options: Iterable[str]) -> str:
     """The tail of an "unknown name" message: the closest option, if one is close, then all of them, sorted; of more
     than `MANY` options those that are close, if any is.
@@ -31,8 +37,7 @@ def did_you_mean(value: str, options: Iterable[str]) -> str:
     "unknown mixer 'gated_deltnet'; did you mean 'gated_deltanet'? known: gated_deltanet, lolcats"
     """
     names = sorted(options)
-    folded = {name.lower(): name for name in names}
-    close = [folded[name] for name in difflib.get_close_matches(str(value).lower(), folded, n=5, cutoff=0.6)]
+    close = close_to(value, names)
     guess = f"did you mean {close[0]!r}? " if close else ""
     if len(names) > MANY and close:
         others = f"also close: {', '.join(close[1:])}; " if close[1:] else ""

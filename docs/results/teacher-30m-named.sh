@@ -1,8 +1,7 @@
 # Every named recipe on the 31M teacher: TEACHER, TRAIN and DEV name its folder and the two text files. TOKENS is the budget
 # of each in millions (10); RECIPES some of them instead of all; ITEMS the questions a case (64), FACTS=yes asks as many as
-# teacher-30m-auto-64.yaml does with the facts anywhere; RATES=twice doubles the rates of stages that train everything,
-# RATES=four and RATES=eight double them again: name recipes that have such stages. TEMPERATURE is that of the teacher in stage 1,
-# for recipes in which that is logit_kl.
+# teacher-30m-auto.yaml does with the facts anywhere; RATES=twice doubles the rates of stages that train everything,
+# RATES=four and RATES=eight double them again: name recipes that have such stages.
 TOKENS=${TOKENS:-10}
 case "$RATES" in
     "") times=1 ;;
@@ -21,8 +20,7 @@ named() {
     name=$1; shift
     case " ${RECIPES:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     linearize convert --model "$TEACHER" --recipe default/$name model.dtype=float32 "$data" "$evaluation" \
-        'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" \
-        ${TEMPERATURE:+stages.1.teacher_temperature=$TEMPERATURE} -o runs/named${RATES:+-$RATES}${TEMPERATURE:+-$TEMPERATURE}/$name
+        'stages.*.micro_batch_size=null' 'stages.*.batch_size=8' "$@" -o runs/named${RATES:+-$RATES}/$name
 }
 # The rates of stages that train everything are auto's first ones, twice those, which it has now, or four or eight times:
 # the papers' are for a hundred times as many parameters.
@@ -46,7 +44,7 @@ named lolcats tokens=${TOKENS}M stages.1.lr=1.0e-3
 for name in hedgehog hedgecats; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 mixer.backend=torch; done
 for name in t2r supra lizard; do named $name tokens=${TOKENS}M stages.1.lr=1.0e-3 'stages.1.lrs={mixer: 1.0e-3}'; done
 
-[ -n "$RECIPES$RATES$TEMPERATURE" ] && exit
+[ -n "$RECIPES$RATES" ] && exit
 
 ours() {
     name=$1; tokens=$2; shift 2

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from linearize.errors import UserError
+from linearize.errors import UserError, close_to
 from linearize.families.base import Family
 
 GROUPS = ("all", "mixer", "attention", "projections", "q", "k", "v", "o")
@@ -74,7 +73,7 @@ def _matching(pattern: str, names: list[str], where: str) -> list[str]:
     """Those of the names of parameters that a pattern matches; a UserError where there is none."""
     if hits := fnmatch.filter(names, pattern):
         return hits
-    close = get_close_matches(pattern, GROUPS, n=1) if pattern.isalpha() else []  # not of *.mixer.*, which is a pattern
+    close = close_to(pattern, GROUPS) if pattern.isalpha() else []  # not of *.mixer.*, which is a pattern
     guess = f"; did you mean {close[0]!r}?" if close else ";"
     raise UserError(
         f"{where} pattern {pattern!r} matches nothing that trains{guess} names look like {', '.join(names[:3])}; "
