@@ -44,8 +44,8 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
-AT_2048 = ["auto", "auto-calibrated", "auto-64", "auto-10m", "named", "named-40m", "named-40m-6e-4"]
-AT_2048 += ["40m-12e-4", "40m-24e-4"]
+AT_2048 = ["auto", "auto-temperature-1", "auto-temperature-1.16", "auto-64", "auto-10m"]
+AT_2048 += ["named", "named-40m", "named-40m-6e-4", "40m-12e-4", "40m-24e-4"]
 RESULTS = ["lolcats", "liger", "catalogue", *AT_2048]
 ALONE = [f"teacher-30m-{name}" for name in AT_2048]
 """Results of which the page shows one length with the linear branch off."""
