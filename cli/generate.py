@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    import logging
+
     import torch
     from transformers import TextStreamer
 
@@ -55,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature}
     torch.manual_seed(arguments.seed)
+    logging.getLogger("linearize").setLevel(logging.WARNING)  # or kernels are told between prompt and answer
     with teacher_path(model) if arguments.teacher else nullcontext():
         model.generate(
             inputs["input_ids"],

@@ -75,21 +75,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         if stop.code != TERMINATED:
             raise
-        print(f"\nterminated{_remedy(argv)}", file=sys.stderr)
+        sys.stderr.write(_terminated(argv))
         return TERMINATED
     return 0
 
 
+def _terminated(argv: list[str]) -> str:
+    return f"\nterminated{_remedy(argv)}\n"
+
+
 @contextmanager
 def _terminable(argv: list[str]) -> Iterator[None]:
-    """Inside the context SIGTERM is a `SystemExit`, for the commands that can go on and should say how."""
+    """Inside the context SIGTERM ends the process with words, for the commands that can go on and should say how.
+
+    An exception would not do: it could be raised while a module is imported, and numpy's import swallows it.
+    """
     default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if not (default and _remedy(argv) and threading.current_thread() is threading.main_thread()):
         yield
         return
 
     def stop(number: int, frame: object) -> NoReturn:
-        raise SystemExit(TERMINATED)
+        os.write(2, _terminated(argv).encode())  # print may be what was interrupted
+        os._exit(TERMINATED)
 
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -54,7 +54,7 @@ numbers (0.0001 and 10), only `true` and `false` are booleans, and `1:30`, `no` 
 The resolved recipe, with every default filled in, is written into the checkpoint as `recipe.yaml`; it
 reproduces the run.
 
-A *count* is a whole number that may have a unit: `20M`, `500k`, `1.5B`.
+A *count* is a whole number that may have a unit: `20M`, `500k`, `1.5B` (k is 1,000).
 """
 
 

@@ -73,3 +73,8 @@ def read(text: str) -> Any:
 def write(data: Any) -> str:
     """Plain data as YAML, keys in their order."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+
+
+def write_line(data: Any) -> str:
+    """Plain data as YAML in a single line, keys in their order: `{ce: 0.9, train: [all]}`."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=float("inf")).strip()

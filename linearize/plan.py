@@ -242,7 +242,8 @@ def choose_layers(layers: str | list[int], depth: int) -> set[int]:
             fits = ", ".join(str(n) for n in range(1, depth + 1) if depth % n == 0)
             raise UserError(
                 f"layers: pattern {layers!r} has {len(layers)} letters and does not repeat evenly over {depth} layers; "
-                f"lengths that fit: {fits}"
+                f"lengths that fit: {fits}; or let a selector find the layers: "
+                "layers={type: window_ablation, keep: 0.25}"
             )
         chosen = {i for i in range(depth) if layers[i % len(layers)] == "L"}
     if not chosen:

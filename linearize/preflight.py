@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from linearize import plain_yaml
 from linearize.data import check_source
 from linearize.evals.held_out import check_evaluation, held_out
 from linearize.evals.workload import summary, workload
@@ -24,6 +25,9 @@ from linearize.registry import family_of, find
 from linearize.stages.base import Stage
 from linearize.training.loop import split
 from linearize.training.processes import processes
+
+TOLD = {"type", "tokens", "seq_len", "batch_size", "micro_batch_size", "lr", "lora", "data"}
+"""Settings of stages that the outline tells in words, or that change nothing of what is learned."""
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -66,7 +70,8 @@ def outline(recipe: Recipe, plan: Plan) -> str:
     lines = [str(plan), f"data        {recipe.data.source}, sequences of {recipe.data.seq_len:,} tokens"]
     if recipe.init.type == "calibrated":
         lines.append(f"init        gates and output scales set from the teacher on {recipe.init.tokens:,} tokens")
-    lines += [f"stage       {stage['type']}{_training(recipe, stage)}" for stage in recipe.stages]
+    for stage in recipe.stages:
+        lines += [f"stage       {stage['type']}{_training(recipe, stage)}", *_choices(stage)]
     if recipe.evaluation is not None:
         points = 2 + (len(recipe.stages) + (recipe.init.type == "calibrated")) * recipe.evaluation.between
         asked = workload(recipe.evaluation, recipe.data.seq_len, branches=len(plan.branches), causal=plan.causal)
@@ -90,6 +95,13 @@ def _training(recipe: Recipe, stage: Mapping[str, Any]) -> str:
     with_lora = f", LoRA r {lora['r']} on {', '.join(lora['targets'])}" if lora else ""
     on = f", on {data.source}" if data.source != recipe.data.source else ""
     return f": {tokens}, {steps}, lr {stage['lr']:g}{with_lora}{on}"
+
+
+def _choices(stage: Mapping[str, Any]) -> list[str]:
+    """What the recipe settled otherwise than the class of the stage, but for what `_training` tells: a line or none."""
+    config = find("stages", stage["type"], Stage).Config.model_validate(stage)
+    own = config.model_dump(mode="json", exclude_defaults=True, exclude=TOLD)
+    return [f"            {plain_yaml.write_line(own)[1:-1]}"] if own else []
 
 
 def stages_of(settings: Sequence[Mapping[str, Any]], family: type[Family], *, trusted: bool = True) -> list[Stage]:

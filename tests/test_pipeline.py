@@ -267,7 +267,9 @@ def test_the_plan_tells_the_tokens_that_are_trained(source: Path) -> None:
     recipe = make_recipe(source, stages=[stage, {**stage, "tokens": 128, "seq_len": 16}], evaluation=EVALUATION)
     said: list[str] = []
     out = convert(recipe, source / "out", say=said.append)
-    first, second = (line for line in said[0].splitlines() if line.startswith("stage"))
+    lines = said[0].splitlines()
+    first, second = (line for line in lines if line.startswith("stage"))
+    assert lines[lines.index(first) + 1] == "            train: ['*.mixer.*']", "what the recipe settled otherwise"
     assert first.startswith("stage       finetune: 256 tokens (129 asked for), 2 steps of 4 x 32, lr ")
     assert second.startswith("stage       finetune: 128 tokens, 2 steps of 4 x 16, lr ")
     points = json.loads((out / "run" / "measurements.json").read_text())

@@ -57,7 +57,8 @@ def test_layers_are_chosen_by_pattern_and_number(layers: Any, depth: int, chosen
     [
         (
             "LLS",
-            "'LLS' has 3 letters and does not repeat evenly over 8 layers; lengths that fit: 1, 2, 4, 8",
+            "'LLS' has 3 letters and does not repeat evenly over 8 layers; lengths that fit: 1, 2, 4, 8; or let a "
+            "selector find the layers: layers={type: window_ablation, keep: 0.25}",
         ),
         ("LLLLLLLLL", "has 9 letters"),
         ("SS", "layers: 'SS' swaps no layer; put an L in the pattern"),

@@ -94,7 +94,7 @@ class WindowAblation(Selector):
         wanted = self.config.count(config.get_text_config().num_hidden_layers)
         count, length = looks(len(self.candidates(config)), wanted), self.length(seq_len)
         text, asked = length * self._rows(length), self.config.questions
-        often = f"{count:,} look{'s' * (count != 1)}"
+        often = f"{count:,} look{'s, each' if count != 1 else ''}"
         questions = f" and {asked:,} questions of about {length:,}" if asked else ""
         return f"{often} at {text:,} tokens of text{questions}, {count * (text + asked * length):,} tokens in all"
 

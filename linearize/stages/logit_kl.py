@@ -9,9 +9,10 @@ facts that the teacher has missed the student learns the right one, of text what
 against their mixture (GKD, Agarwal et al. 2023, arXiv:2306.13649). The teacher is the source model inside the converted
 one: only tensors that training changes are held twice.
 
-`teacher_temperature` corrects a teacher that is too sure of itself on text that it has not seen: p_teacher is then that
-of its logits over this number, at which its own loss on such text is lowest (temperature scaling, Guo et al. 2017,
-arXiv:1706.04599). Its first choices stay what they are; the student is as sure of them as they deserve.
+`teacher_temperature` corrects a teacher that is too sure of itself on text that it has not seen: p_teacher is then
+that of its logits over this number (temperature scaling, Guo et al. 2017, arXiv:1706.04599). Its first choices stay
+what they are. At the T where the teacher's own loss on such text is lowest the student is as sure of them as they
+deserve; at its root, which is the one to begin with, it has most of the gain in loss and stays nearer to the teacher.
 
 `teacher: cached` writes its `top_k` likeliest tokens to disk before training, at the stage's temperatures, once for
 each row that is visited (`linearize.stages.tuning.cached`), so that steps take no teacher and nothing is held for one.
@@ -46,12 +47,14 @@ class LogitKLConfig(TunedConfig):
     """Settings of the logit_kl stage."""
 
     type: Literal["logit_kl"] = "logit_kl"
-    temperature: float = Field(1.0, gt=0, description="tau: both distributions' logits are divided by it.")
+    temperature: float = Field(1.0, ge=0.01, le=100, description="tau: both distributions' logits are divided by it.")
     teacher_temperature: float = Field(
         1.0,
-        gt=0,
+        ge=0.01,
+        le=100,
         description="Divides the teacher's logits alone, before temperature. Above 1 the student learns to be less "
-        "sure of itself than the teacher is. Probe calibration measures at which one the teacher predicts a text best.",
+        "sure of itself than the teacher is. Probe calibration measures at which one the teacher predicts a text best; "
+        "take the root of that.",
     )
     divergence: Literal["forward", "reverse", "jensen_shannon"] = Field(
         "forward", description="forward: KL(teacher || student)."

@@ -95,7 +95,7 @@ def test_the_plan_tells_what_the_choice_reads(
     layers = {"type": "window_ablation", "keep": 1, "window": 4, "facts": [1], "tokens": 2 * ROW + 5, "questions": 3}
     sections: dict[str, Any] = {"data": {"source": str(tmp_path / "train.jsonl"), "seq_len": ROW}, "layers": layers}
     recipe = make_recipe(tmp_path, stages=[], evaluation=None, **sections)
-    told = "            in 5 looks at 336 tokens of text and 3 questions of about 168, 4,200 tokens in all"
+    told = "            in 5 looks, each at 336 tokens of text and 3 questions of about 168, 4,200 tokens in all"
     assert told in outline(recipe, plan_of(recipe)).splitlines()
     assert told in plan_of(recipe).before_choice().splitlines()
     read: list[int] = []

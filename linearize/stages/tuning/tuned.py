@@ -50,6 +50,7 @@ class TunedConfig(TrainingConfig):
     head_chunk: int = Field(
         2048,
         gt=0,
+        le=2**31,
         json_schema_extra=WITHOUT_EFFECT,
         description="Predictions whose logits over the whole vocabulary are in memory at once; changes memory and "
         "speed, not results.",

@@ -110,6 +110,14 @@ def test_the_table_says_on_how_much_text() -> None:
     one, other = run_probe("calibration", Fair(), **how), run_probe(PROBE, Fair(), **how)
     (table,) = Calibration.summary({"a": one, "b": one})
     assert isinstance(table, Table) and table.note.startswith("On 10 x 400 tokens of text. ")
+    assert "As a teacher" not in table.note
+    root = math.sqrt(one["temperature"])
+    (alone,) = Calibration.summary({"model": one})
+    assert isinstance(alone, Table)
+    assert alone.note.endswith(f": teacher_temperature {root:.3g}, its root, to {one['temperature']:.3g}.")
+    for none in (None, math.nan):
+        (alone,) = Calibration.summary({"model": {**one, "temperature": none}})
+        assert isinstance(alone, Table) and "As a teacher" not in alone.note
     assert Calibration.views({"a": one, "b": other})[0].note.startswith(
         "On 10 x 400 tokens (a), 3 x 100 tokens (b) of text."
     )
