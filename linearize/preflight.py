@@ -23,6 +23,7 @@ from linearize.plan import Plan, make_plan
 from linearize.recipe import Recipe
 from linearize.registry import family_of, find
 from linearize.stages.base import Stage
+from linearize.training.config import StageConfig, TrainingConfig
 from linearize.training.loop import split
 from linearize.training.processes import processes
 
@@ -71,7 +72,8 @@ def outline(recipe: Recipe, plan: Plan) -> str:
     if recipe.init.type == "calibrated":
         lines.append(f"init        gates and output scales set from the teacher on {recipe.init.tokens:,} tokens")
     for stage in recipe.stages:
-        lines += [f"stage       {stage['type']}{_training(recipe, stage)}", *_choices(stage)]
+        config = find("stages", stage["type"], Stage).Config.model_validate(stage)
+        lines += [f"stage       {stage['type']}{_training(recipe, stage, config)}", *_choices(config)]
     if recipe.evaluation is not None:
         points = 2 + (len(recipe.stages) + (recipe.init.type == "calibrated")) * recipe.evaluation.between
         asked = workload(recipe.evaluation, recipe.data.seq_len, branches=len(plan.branches), causal=plan.causal)
@@ -82,11 +84,11 @@ def outline(recipe: Recipe, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _training(recipe: Recipe, stage: Mapping[str, Any]) -> str:
+def _training(recipe: Recipe, stage: Mapping[str, Any], config: StageConfig) -> str:
     """What a stage trains on and how: whole steps, which `tokens` is rounded up to."""
-    if "tokens" not in stage:
+    if not isinstance(config, TrainingConfig):
         return ": no training"
-    data, config = recipe.stage_data(stage), find("stages", stage["type"], Stage).Config.model_validate(stage)
+    data = recipe.stage_data(stage)
     item = data.seq_len * data.item_rows
     trained, asked = config.trained_tokens(item), f" ({config.tokens:,} asked for)"
     tokens = f"{trained:,} tokens{asked if trained != config.tokens else ''}"
@@ -97,9 +99,8 @@ def _training(recipe: Recipe, stage: Mapping[str, Any]) -> str:
     return f": {tokens}, {steps}, lr {stage['lr']:g}{with_lora}{on}"
 
 
-def _choices(stage: Mapping[str, Any]) -> list[str]:
+def _choices(config: StageConfig) -> list[str]:
     """What the recipe settled otherwise than the class of the stage, but for what `_training` tells: a line or none."""
-    config = find("stages", stage["type"], Stage).Config.model_validate(stage)
     own = config.model_dump(mode="json", exclude_defaults=True, exclude=TOLD)
     return [f"            {plain_yaml.write_line(own)[1:-1]}"] if own else []
 

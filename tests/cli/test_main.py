@@ -160,6 +160,28 @@ sys.meta_path.insert(0, Finder())
 from linearize.cli.main import main
 sys.exit(main(["evaluate", "nowhere", "--output", "x.json"]))
 """
+    assert_terminated(code)
+
+
+def test_sigterm_ends_what_runs() -> None:
+    """Nothing that the command does between two of its own lines can swallow it."""
+    code = """
+import os, signal, sys
+from linearize.cli import evaluate
+def run(arguments):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        pass
+    print("went on")
+evaluate.run = run
+from linearize.cli.main import main
+sys.exit(main(["evaluate", "nowhere", "--output", "x.json"]))
+"""
+    assert_terminated(code)
+
+
+def assert_terminated(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     told = "\nterminated; go on with: linearize evaluate nowhere --output x.json\n"
     assert (done.returncode, done.stderr, done.stdout) == (143, told, "")

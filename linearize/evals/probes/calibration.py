@@ -113,12 +113,12 @@ class Calibration(Probe):
         taken = {name: f"{found['windows']:,} x {found['length']:,} tokens" for name, found in results.items()}
         same = len(set(taken.values())) == 1
         told = next(iter(taken.values())) if same else ", ".join(f"{size} ({name})" for name, size in taken.items())
-        note = f"On {told} of text. "
+        note = f"On {told} of text."
         if len(results) > 1:
-            note += "A lower loss there than the teacher's is more than less confidence."
+            note += " A lower loss there than the teacher's is more than less confidence."
         elif (best := next(iter(results.values()))["temperature"]) and math.isfinite(best):
             note += (
-                f"As a teacher in stage logit_kl: teacher_temperature {math.sqrt(best):.3g}, its root, to {best:.3g}."
+                f" As a teacher in stage logit_kl: teacher_temperature {math.sqrt(best):.3g}, its root, to {best:.3g}."
             )
         rows = [[name, *(found[key] for key in keys)] for name, found in results.items()]
         return [Table("Calibration", note, columns=columns, rows=rows)]
