@@ -1,7 +1,7 @@
 # Every named recipe on the 31M teacher: TEACHER, TRAIN and DEV name its folder and the two text files. TOKENS is the budget
 # of each in millions (10); RECIPES some of them instead of all; ITEMS the questions a case (64), FACTS=yes asks as many as
 # teacher-30m-auto.yaml does with the facts anywhere; RATES=twice doubles the rates of stages that train everything,
-# RATES=four and RATES=eight double them again: name recipes that have such stages.
+# RATES=four and RATES=eight double them again: name recipes that have such stages. The mixers of xatl keep their own.
 TOKENS=${TOKENS:-10}
 case "$RATES" in
     "") times=1 ;;
