@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from linearize.fake_run import on_torch, state_bytes, without_values
 from linearize.families.base import Family
 from linearize.hf.native import native_config, native_of
 from linearize.kept import AS_IN_SOURCE, Kept
-from linearize.mixers.base import Mixer, build_mixer
+from linearize.mixers.base import HeadShape, Mixer, build_mixer
 from linearize.positions import untaught
 from linearize.recipe import Recipe
 from linearize.recipe_plugins import mixer_config
@@ -173,6 +174,17 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
     mixer_class = find("mixers", recipe.mixer["type"], Mixer)
     settings = mixer_config(recipe.mixer)
     dtype = _dtype(recipe.model.dtype, config)
+
+    @cache
+    def added(shape: HeadShape) -> tuple[tuple[NewTensor, ...], int, tuple[str, ...]]:
+        """New tensors, bytes of the state and branches of a layer of this shape; many are of one."""
+        with without_values(dtype):
+            mixer = build_mixer(mixer_class, on_torch(settings), shape)
+            held = state_bytes(mixer, shape, dtype)
+        inits = mixer.inits()
+        new = (NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters())
+        return tuple(new), held, mixer.branches
+
     layers = []
     branches: tuple[str, ...] = ()
     with torch.device("meta"):
@@ -185,14 +197,10 @@ def make_plan(recipe: Recipe, config: Any) -> Plan:
         if index not in chosen:
             layers.append(LayerPlan(index, module, None, kv_bytes_per_token=kv, reach=shape.reach))
             continue
-        with without_values(dtype):
-            try:
-                mixer = build_mixer(mixer_class, on_torch(settings), shape)
-                held = state_bytes(mixer, shape, dtype)
-            except ValueError as error:
-                raise UserError(f"mixer {recipe.mixer['type']!r} cannot serve layer {index}: {error}") from error
-        inits, branches = mixer.inits(), mixer.branches
-        new = tuple(NewTensor(f"mixer.{n}", tuple(p.shape), str(inits[n])) for n, p in mixer.named_parameters())
+        try:
+            new, held, branches = added(shape)
+        except ValueError as error:
+            raise UserError(f"mixer {recipe.mixer['type']!r} cannot serve layer {index}: {error}") from error
         layers.append(LayerPlan(index, module, recipe.mixer["type"], new, held, kv, shape.reach))
     plan = Plan(
         family=config.model_type,

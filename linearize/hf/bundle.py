@@ -176,7 +176,7 @@ def _imports(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[ast.Import 
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node, guarded
-        else:
+        elif not isinstance(node, ast.expr):  # most of a tree, and no import is in one
             yield from _imports(node, guarded or isinstance(node, ast.Try))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,21 @@ def files_of(mixer: str, family: str = "llama") -> dict[str, str]:
     return bundle(classes(family)[0](linearize={"mixers": [{"type": mixer}], "layers": [0]}))
 
 
+@cache
+def imports(name: str, text: str) -> list[ast.ImportFrom | ast.Import]:
+    """The import statements of a file; most checkpoints share most of theirs."""
+    return [node for node in ast.walk(ast.parse(text, name)) if isinstance(node, ast.ImportFrom | ast.Import)]
+
+
 @pytest.mark.parametrize("family", registry.keys("families"))
 @pytest.mark.parametrize("mixer", registry.keys("mixers"))
 def test_every_relative_import_is_there_and_flat(family: str, mixer: str) -> None:
     files = files_of(mixer, family)
     for name, text in files.items():
-        for node in ast.walk(ast.parse(text, name)):
+        for node in imports(name, text):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert f"{node.module}.py" in files, f"{name}: {ast.unparse(node)}"
-            elif isinstance(node, ast.ImportFrom | ast.Import):
+            else:
                 assert "linearize" not in ast.unparse(node), name
     for reference in auto_map(family).values():
         module, _, cls = reference.partition(".")
